@@ -114,10 +114,13 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
     [
         ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
         ([LINE | {"index": "0"}], "line 1: field 'index' must be an integer, got '0'"),
-        ([LINE, LINE | {"correct": False}], "line 2: 'a' must answer question 0 of t once, got"),
-        ([LINE | {"score": 8}, LINE | {"index": 1}], "line 2: score all rows of t or none; earlie"),
-        ([LINE, LINE | {"adapter": "b", "question": "g"}], "'b' and 'a' differ; use"),
-        ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "but 'b' and"),
+        ([LINE, LINE | {"correct": False}], "t: 'a' must answer a question once, got"),
+        ([LINE | {"score": 8}, LINE | {"index": 1}], "t: score all rows or none"),
+        (
+            [LINE, LINE | {"adapter": "b", "question": "g"}],
+            "but a, b lack some; use",
+        ),
+        ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "but a, b lack"),
     ],
 )
 def test_lines_that_can_not_be_used_are_an_error(tmp_path, lines, message):

@@ -12,7 +12,6 @@ are right. Answers are those of an evaluation, or of files that `--per-question`
 import json
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -43,8 +42,8 @@ MAX_FOR_ALL_PAIRS = 4
 Pair = tuple[str, str]
 # NAME@NUMBER, or an expert of it.
 _SEED = re.compile(r"(.*)@\d+(|/[^@]*)")
-# By index and text of the question: whether it was answered right, or a judge's score.
-_Marks = dict[tuple[int, str], int | float]
+# Of an answer in a file: `mark` is whether it is right, or a judge's score.
+_COLUMNS = ["task", "adapter", "index", "question", "kind", "mark"]
 # Of each question or row.
 Values = Sequence[int | float] | np.ndarray
 
@@ -366,59 +365,28 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
             a task have different questions, or an adapter has two answers to a question.
     """
-    reader = _AnswerReader()
-    for path in paths:
-        for row in read_rows(Path(path)):
-            reader.add(row)
-    return [_join(task, by_adapter) for task, by_adapter in reader.tasks.items()]
+    from pandas import DataFrame
+
+    rows = [_read_answer(row) for path in paths for row in read_rows(Path(path))]
+    answers = DataFrame(rows, columns=_COLUMNS, dtype=object)
+    return [_join(str(task), rows) for task, rows in answers.groupby("task", sort=False)]
 
 
-class _AnswerReader:
-    """Sorts rows of answers by task, adapter and question."""
-
-    def __init__(self) -> None:
-        self.tasks: dict[str, dict[str, _Marks]] = {}
-        # by task and question, where rows have no index; a question may be repeated
-        self._indices: defaultdict[str, dict[tuple[str, int], int]] = defaultdict(dict)
-        self._num_read: Counter[tuple[str, str, str]] = Counter()
-        self._columns: dict[str, str] = {}  # by task, the one that all of its rows must have
-
-    def add(self, row: Row) -> None:
-        # what `loraloom generate` wrote and a judge scored has users' columns
-        fields = {} if "completion" in row else row
-        name = row["adapter"]
-        adapter = json.dumps(name) if isinstance(name, list) else row.text("adapter")  # of weights
-        task = _task_of(row, fields)
-        question = _question_of(row)
-        index = fields.get("index", self._index_of(task, adapter, question))
-        if not isinstance(index, int):
-            row.reject(f"field 'index' must be an integer, got {shown(index)}")
-        mark = self._mark_of(row, task)
-        answers = self.tasks.setdefault(task, {}).setdefault(adapter, {})
-        if answers.setdefault((index, question), mark) != mark:
-            row.reject(
-                f"{adapter!r} must answer question {index} of {task} once, got another answer; "
-                "give each adapter a different name"
-            )
-
-    def _index_of(self, task: str, adapter: str, question: str) -> int:
-        """Number a question by its text, as rows may have been sorted."""
-        num_before = self._num_read[task, adapter, question]
-        self._num_read[task, adapter, question] += 1
-        indices = self._indices[task]
-        return indices.setdefault((question, num_before), len(indices))
-
-    def _mark_of(self, row: Row, task: str) -> int | float:
-        column = "score" if "score" in row else "correct"
-        expected = self._columns.setdefault(task, column)
-        if column != expected:
-            row.reject(f"score all rows of {task} or none; earlier ones have {expected!r}")
-        mark: Any = row.get(column)
-        if column == "correct" and not isinstance(mark, bool):
-            row.reject(f"field 'correct' must be true or false, got {mark!r}")
-        if not isinstance(mark, int | float):
-            row.reject(f"field 'score' must be a number, got {mark!r}")
-        return mark
+def _read_answer(row: Row) -> tuple[Any, ...]:
+    # what `loraloom generate` wrote and a judge scored has users' columns
+    fields = {} if "completion" in row else row
+    name = row["adapter"]
+    adapter = json.dumps(name) if isinstance(name, list) else row.text("adapter")  # of weights
+    index = fields.get("index")
+    if not isinstance(index, int | None):
+        row.reject(f"field 'index' must be an integer, got {shown(index)}")
+    kind = "score" if "score" in row else "correct"
+    mark: Any = row.get(kind)
+    if kind == "correct" and not isinstance(mark, bool):
+        row.reject(f"field 'correct' must be true or false, got {mark!r}")
+    if not isinstance(mark, int | float):
+        row.reject(f"field 'score' must be a number, got {mark!r}")
+    return _task_of(row, fields), adapter, index, _question_of(row), kind, mark
 
 
 def _task_of(row: Row, fields: Mapping[str, Any]) -> str:
@@ -438,15 +406,27 @@ def _question_of(row: Row) -> str:
     return ""
 
 
-def _join(task: str, by_adapter: Mapping[str, _Marks]) -> TaskAnswers:
-    first = next(iter(by_adapter))
-    questions = sorted(by_adapter[first])
-    right = {}
-    for adapter, marks in by_adapter.items():
-        if marks.keys() != by_adapter[first].keys():
-            raise DataError(
-                f"{task}: adapters must have answered the same questions, but {adapter!r} and "
-                f"{first!r} differ; use files of the same split and limit"
-            )
-        right[adapter] = tuple(marks[question] for question in questions)
-    return TaskAnswers(task, tuple(index for index, _ in questions), right)
+def _join(task: str, rows: Any) -> TaskAnswers:
+    """Sort a task's part of the data frame by question."""
+    if rows["kind"].nunique() > 1:
+        raise DataError(f"{task}: score all rows or none, got a score in some of them")
+    # without an index, questions are numbered by their texts, which may be repeated
+    repeat = rows.groupby(["adapter", "question"]).cumcount()
+    numbers = rows.groupby(["question", repeat], sort=False).ngroup()
+    rows = rows.assign(index=rows["index"].where(rows["index"].notna(), numbers))
+    rows = rows.drop_duplicates()
+    repeated = rows["adapter"][rows.duplicated(["adapter", "index", "question"])]
+    if len(repeated):
+        raise DataError(
+            f"{task}: {repeated.iloc[0]!r} must answer a question once, got different answers; "
+            "give each adapter a different name"
+        )
+    table = rows.pivot(index=["index", "question"], columns="adapter", values="mark")
+    lacking = table.columns[table.isna().any()]
+    if len(lacking):
+        raise DataError(
+            f"{task}: adapters must have answered the same questions, but {', '.join(lacking)} "
+            "lack some; use files of the same split and limit"
+        )
+    right = {adapter: tuple(table[adapter].tolist()) for adapter in rows["adapter"].unique()}
+    return TaskAnswers(task, tuple(table.index.get_level_values("index").tolist()), right)
