@@ -77,32 +77,10 @@ def test_a_tie_of_thirds_is_a_tie():
     assert (noise.num_first_better, noise.num_second_better, noise.p_value) == (0, 0, 1)
 
 
-def test_many_differences_are_tested_by_the_normal_limit():
+def test_the_p_value_of_many_differences_is_that_of_a_t_test():
     d = np.random.default_rng(0).normal(0.03, size=2000)
-    found, drawn = (compare_paired(d[:n], np.zeros(n)).p_value for n in (2000, 1000))
-    assert found == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=2e-3)
-    assert drawn == pytest.approx(stats.ttest_1samp(d[:1000], 0).pvalue, abs=0.02)
-
-
-def flipped_p_value(differences, num_flips=10_000):
-    """Share of random signs of all rows whose sum is as large."""
-    generator = np.random.default_rng(1)
-    signs = (
-        2 * generator.integers(0, 2, (100, len(differences))) - 1 for _ in range(num_flips // 100)
-    )
-    sums = np.concatenate([of_rows @ differences for of_rows in signs])
-    return (abs(sums) >= abs(differences.sum()) * (1 - 1e-9)).mean()
-
-
-@pytest.mark.parametrize(
-    "long_rows",
-    [[100.0] * 4, [100, 101, 99, 102, -98], [1000], [1000, 10], 0.9 ** np.arange(60), [1.0] * 99],
-    ids=["four", "one against", "one", "nested", "ever smaller", "hundred alike"],
-)
-def test_few_long_rows_among_many_are_tested_by_signs_not_by_the_normal_limit(long_rows):
-    d = np.r_[long_rows, np.random.default_rng(0).normal(0.002, 0.05, size=1200)]
-    p_value = compare_paired(d, np.zeros(len(d))).p_value
-    assert p_value == pytest.approx(flipped_p_value(d), abs=0.02)
+    expected = stats.ttest_1samp(d, 0).pvalue
+    assert compare_paired(d, np.zeros(2000)).p_value == pytest.approx(expected, abs=0.02)
 
 
 def test_differences_of_several_sizes_are_tested_as_scipy_does():

@@ -31,11 +31,6 @@ NUM_RESAMPLES = 10_000
 # Of a resample, as right and wrong answers have: their counts are drawn, not the items.
 _FEW_VALUES = 32
 
-# Rows whose signs are all drawn; of more, the smallest take the normal limit, none of which may
-# have a larger share of their sum of squares: else a few long rows would decide.
-MAX_DRAWN = 1000
-_MAX_SHARE = 0.005
-
 # Contestants, besides the base model, of whom all pairs are compared without being asked for.
 MAX_FOR_ALL_PAIRS = 4
 
@@ -111,44 +106,20 @@ def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
     """Compute the two-sided p-value of Fisher's randomization test (1935) of the sum Σ d_i."""
     # Where neither side is better on the whole, each sign may as well be the other one. Who wins
     # more items says less: a group of seeds is nearly always a little right.
-    magnitudes = np.abs(differences)
-    nonzero = magnitudes[magnitudes > 0]
-    sizes, counts = np.unique(nonzero.round(12), return_counts=True)
-    if len(sizes) <= 1:
-        num_positive = int((differences > 0).sum())
+    nonzero = differences[differences != 0]
+    if len(np.unique(np.abs(nonzero).round(12))) <= 1:
+        num_positive = int((nonzero > 0).sum())
         return mcnemar_p_value(num_positive, len(nonzero) - num_positive)
     # a tie of thirds adds up to 1e-17
-    observed = abs(differences.sum()) - 1e-9 * magnitudes.sum()
-    num_normal = _count_normal(sizes, counts)
-    squares = np.square(sizes) * counts
-    variance = squares[:num_normal].sum()
-    if num_normal == len(sizes):
-        return min(1.0, math.erfc(observed / math.sqrt(2 * variance)))
-    sizes = sizes[num_normal:]
-    counts = counts[num_normal:]
+    total = nonzero.sum()
+    observed = abs(total) - 1e-9 * np.abs(nonzero).sum()
     generator = np.random.default_rng(seed)
-    blocks = []
+    num_extreme = 0
     for _ in range(NUM_RESAMPLES // 100):
-        num_positive = generator.binomial(counts, 0.5, (100, len(counts)))
-        blocks.append((2 * num_positive - counts) @ sizes)
-    sums = np.concatenate(blocks)
-    sums += generator.normal(scale=math.sqrt(variance), size=len(sums))
-    num_extreme = int((abs(sums) >= observed).sum())
+        is_kept = generator.integers(2, size=(100, len(nonzero)), dtype=bool)
+        sums = 2 * (is_kept @ nonzero) - total
+        num_extreme += int((np.abs(sums) >= observed).sum())
     return (1 + num_extreme) / (1 + NUM_RESAMPLES)
-
-
-def _count_normal(sizes: np.ndarray, counts: np.ndarray) -> int:
-    """Count the smallest sizes whose sum, with signs at random, is as good as normal."""
-    if counts.sum() <= MAX_DRAWN:
-        return 0
-    squares = np.square(sizes)
-    totals = np.cumsum(squares * counts)  # up to each size
-    small = np.flatnonzero(squares <= _MAX_SHARE * totals)
-    num_small = 0
-    if len(small):
-        num_small = int(small[-1]) + 1
-    # each size drawn takes over 0.5 % of the sum that is left: a thousand leave nothing of it
-    return max(num_small, len(sizes) - MAX_DRAWN)
 
 
 def compare_paired(first: Values, second: Values, seed: int = 0) -> PairedComparison:
