@@ -127,13 +127,8 @@ def test_an_interval_that_contradicts_its_p_value_is_explained(undecided):
     assert "An interval without 0 whose p is 0.05 or more" in caption
 
 
-def test_of_many_comparisons_the_winners_of_each_task_are_named(undecided):
-    won = [replace(undecided, first=name, adjusted_p_value=0.01) for name in "abc"]
-    lost = replace(won[0], first="d", difference=1.0)
-    other = replace(undecided, task="other")
-    caption = caption_of(*won, lost, *[other] * 5)
-    assert "toy: a, b, c beat base significantly; base beats d significantly." in caption
-    assert "other: no difference was found." in caption
+def test_many_comparisons_have_no_sentences(undecided):
+    assert "toy:" not in caption_of(*[undecided] * 9)
 
 
 def test_eight_adapters_with_long_names_fit_80_columns():

@@ -182,7 +182,6 @@ def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path):
     assert places == sorted(places)
     for title in ("Results, with 95 % intervals", "Differences on the same rows"):
         assert f"{title}: 21 rows" in checked.text
-    assert "task3: mix beats base significantly." in checked.text
 
 
 def test_every_metric_has_a_chart(run):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -46,7 +45,7 @@ _COLUMNS = (
     "perplexity", "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
 )  # fmt: skip
 
-# Comparisons that are told in a sentence each; of more, a sentence for each task names the winners.
+# Comparisons that are told in a sentence each; of more, the table's stars name the winners.
 MAX_MEANINGS = 8
 # Rows that must differ for an estimate of how many it takes, and the share of such tests that
 # would find the difference.
@@ -336,8 +335,6 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     lines = ["* significant: p (Holm), of all comparisons, < 0.05"]
     if len(comparisons) <= MAX_MEANINGS:
         lines += [_meaning(comparison, len(comparisons)) for comparison in comparisons]
-    else:
-        lines += _winners(comparisons)
     if any(map(_has_narrow_interval, comparisons)):
         lines.append(_DISAGREEMENT)
     table.caption = "\n".join(lines)
@@ -390,23 +387,3 @@ def _meaning(comparison: Comparison, num_compared: int) -> str:
     rounded = float(f"{needed:.2g}")
     text += f" To find this lead of {better} in {POWER:.0%} of tests takes about {rounded:,.0f}."
     return text
-
-
-def _winners(comparisons: Sequence[Comparison]) -> list[str]:
-    sentences = []
-    for task in dict.fromkeys(comparison.task for comparison in comparisons):
-        beaten = defaultdict[str, list[str]](list)
-        for comparison in comparisons:
-            if comparison.task == task and _is_significant(comparison):
-                better, worse = _better_first(comparison)
-                beaten[better].append(worse)
-        winners = defaultdict[str, list[str]](list)  # by whom they beat
-        for winner, losers in beaten.items():
-            winners[", ".join(losers)].append(winner)
-        victories = []
-        for losers, names in winners.items():
-            verb = "beats" if len(names) == 1 else "beat"
-            victories.append(f"{', '.join(names)} {verb} {losers} significantly")
-        text = "; ".join(victories) or "no difference was found"
-        sentences.append(f"{task}: {text}.")
-    return sentences
