@@ -1,13 +1,11 @@
 import base64
-import math
 import re
 from xml.etree import ElementTree
 
 import matplotlib.style
 
-from loraloom.report.charts import COLORS, MAX_POINTS, Style, line_chart
-
-STYLES = {"a": Style(COLORS[0], ()), "b": Style(COLORS[3], (6, 3))}
+from loraloom.report.charts import COLORS, learning_curves
+from loraloom.report.jobs import Job
 
 
 def svg(chart):
@@ -34,34 +32,40 @@ def lines(chart):
     ]
 
 
+def job(name, *points, metric="eval/loss"):
+    metrics = [{"step": step, metric: value} for step, value in points]
+    return Job(name, "run", metrics, None, label=name, drawn={})
+
+
 def test_a_chart_draws_its_curves_and_says_where_they_end():
-    curves = {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0), (2, 2.5), (3, 2.0)]}
-    chart = line_chart("loss <1>", curves, STYLES)
+    jobs = [job("a", (1, 2.0), (2, 1.0)), job("b", (1, 3.0), (2, 2.5), (3, 2.0))]
+    (chart,) = learning_curves(jobs)
     (first, of_a), (second, of_b) = lines(chart)
     assert (len(of_a), len(of_b)) == (2, 3)
-    assert of_a[0][1] > of_a[1][1], "higher values are further up, and drawn from the last"
+    assert of_a[0][1] < of_a[1][1], "higher values are further up"
     assert COLORS[0] in first
-    assert COLORS[3] in second
-    assert ["stroke-dasharray" in style for style in (first, second)] == [False, True]
+    assert COLORS[1] in second
     assert "step" in texts(chart)
-    assert chart.words == "loss <1>. a: 1 at step 2. b: 2 at step 3"
+    assert chart.words == "eval/loss. a: 1 at step 2. b: 2 at step 3"
 
 
-def test_what_is_not_finite_is_left_out():
-    curves = {"a": [(1, math.nan), (2, 1.0), (3, math.inf)], "b": [(1, math.nan)]}
-    assert line_chart("loss", curves, STYLES).words == "loss. a: 1 at step 2"
-    assert line_chart("loss", {"a": [(1, math.nan)]}, STYLES) is None
+def test_what_was_not_measured_is_left_out():
+    jobs = [job("a", (1, None), (2, 1.0), (3, None)), job("b", (1, None)), job("c")]
+    (chart,) = learning_curves(jobs)
+    assert chart.words == "eval/loss. a: 1 at step 2"
+    assert learning_curves(jobs[1:]) == []
+    assert learning_curves([job("a", (1, 0.0), metric="aux_loss")]) == []
 
 
-def test_long_curves_are_thinned():
-    curve = [(step, float(step % 7)) for step in range(10 * MAX_POINTS)]
-    ((_, points),) = lines(line_chart("t", {"a": curve}, STYLES))
-    assert MAX_POINTS / 2 < len(points) <= MAX_POINTS
+def test_running_means_are_not_pulled_to_their_start():
+    (chart,) = learning_curves([job("a", (1, 3.0), (2, 1.0), metric="loss")])
+    assert chart.words == f"loss, running mean. a: {(0.9 * 3 + 1) / 1.9:.4g} at step 2"
 
 
 def test_a_drawing_is_the_same_in_any_style_and_asks_the_network_for_nothing():
     def drawn():
-        return svg(line_chart("t", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, STYLES))
+        (chart,) = learning_curves([job("a", (1, 2.0), (2, 1.0)), job("b", (1, 1.0))])
+        return svg(chart)
 
     expected = drawn()
     with matplotlib.style.context("ggplot"):  # Optuna's pictures leave one behind, for instance

@@ -4,7 +4,6 @@ Their colors stand out on white and on black, as the page has a dark mode.
 """
 
 import io
-import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,18 +11,16 @@ from typing import Any, NamedTuple
 
 from matplotlib import style
 from matplotlib.figure import Figure
+from pandas import DataFrame, Series
 
 from loraloom.report.jobs import Job
 
-Curve = Sequence[tuple[int | float, int | float]]  # steps and what was measured there
-
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
-MAX_POINTS = 240
 SMOOTHING = 0.9  # weight of the past in the running mean
 
 _SMOOTHED = ("loss", "grad_norm")
 _OFTEN_ZERO = ("aux_loss", "skipped_steps")  # where there are no routers, or nothing overflows
-_PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
+_PASSED_OVER = ["epoch", "tokens", "computed_tokens", "seconds", "warnings"]
 _STYLES: list[Any] = ["default", Path(__file__).with_suffix(".mplstyle")]
 
 
@@ -42,30 +39,19 @@ class Chart(NamedTuple):
     source: str
 
 
-def line_chart(title: str, curves: Mapping[str, Curve], styles: dict[str, Style]) -> Chart | None:
-    """Draw curves over steps; None where no value is finite."""
-    drawn: dict[str, Curve] = {}
+def line_chart(title: str, curves: Mapping[str, Series], styles: dict[str, Style]) -> Chart:
+    """Draw curves over steps."""
     words = [title]
-    for label, curve in curves.items():
-        finite = [point for point in curve if all(map(math.isfinite, point))]
-        if finite:
-            drawn[label] = finite
-            step, value = finite[-1]
-            words.append(f"{label}: {value:.4g} at step {step:g}")
-    if not drawn:
-        return None
     image = io.BytesIO()
     with style.context(_STYLES):
         figure = Figure(figsize=(5, 3))
         axes = figure.subplots()
-        for label, curve in drawn.items():
-            stride = math.ceil(len(curve) / MAX_POINTS)
-            points = curve[::-stride]  # from the last one
-            steps, values = zip(*points, strict=True)
-            (line,) = axes.plot(steps, values, color=styles[label].color)
+        for label, curve in curves.items():
+            words.append(f"{label}: {curve.iloc[-1]:.4g} at step {curve.index[-1]}")
+            (line,) = axes.plot(curve, color=styles[label].color)
             if styles[label].dashes:
                 line.set_linestyle((0, styles[label].dashes))
-            if len(points) == 1:
+            if len(curve) == 1:
                 line.set_marker("o")
         axes.set_xlabel("step")
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
@@ -88,39 +74,22 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
 
 
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
-    curves: dict[str, dict[str, list[Any]]] = {}
-    for job in jobs:
-        for line in job.metrics:
-            step = line["step"]
-            for name, value in line.items():
-                if isinstance(value, int | float) and name not in _PASSED_OVER:
-                    by_job = curves.setdefault(name, {})
-                    curve = by_job.setdefault(job.label, [])
-                    curve.append((step, value))
+    lines = [{"job": job.label, **line} for job in jobs for line in job.metrics]
+    if not lines:
+        return []
+    metrics = DataFrame(lines).drop(columns=_PASSED_OVER, errors="ignore")
+    metrics = metrics.set_index(["job", "step"]).astype(float)
     styles = job_styles(jobs)
-    charts = [_metric_chart(name, by_job, styles) for name, by_job in curves.items()]
-    return [chart for chart in charts if chart is not None]
-
-
-def _metric_chart(name: str, curves: Mapping[str, Curve], styles: dict[str, Style]) -> Chart | None:
-    if name in _SMOOTHED:
-        means = {label: _running_mean(curve) for label, curve in curves.items()}
-        return line_chart(f"{name}, running mean", means, styles)
-    drawn = {}
-    for label, curve in curves.items():
-        has_values = any(value for _, value in curve)
-        if has_values or name not in _OFTEN_ZERO:
-            drawn[label] = curve
-    return line_chart(name, drawn, styles)
-
-
-def _running_mean(curve: Curve) -> Curve:
-    """Take the mean of finite values without the pull of its start."""
-    total = weight = 0.0
-    means = []
-    for step, value in curve:
-        if math.isfinite(value):
-            total = SMOOTHING * total + value
-            weight = SMOOTHING * weight + 1
-            means.append((step, total / weight))
-    return means
+    charts = []
+    for name in metrics.columns:
+        title = f"{name}, running mean" if name in _SMOOTHED else name
+        curves: dict[str, Any] = {}
+        for label, values in metrics[name].dropna().groupby(level="job", sort=False):
+            curve: Any = values.droplevel("job")
+            if name in _SMOOTHED:
+                curve = curve.ewm(alpha=1 - SMOOTHING).mean()
+            if name not in _OFTEN_ZERO or curve.any():
+                curves[str(label)] = curve
+        if curves:
+            charts.append(line_chart(title, curves, styles))
+    return charts
