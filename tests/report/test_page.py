@@ -1,12 +1,11 @@
 import json
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
-from loraloom.report.charts import COLORS, job_styles, learning_curves
+from loraloom.report.charts import learning_curves
 from loraloom.report.jobs import read_runs
 from loraloom.report.page import lay_out, make_page
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
@@ -144,17 +143,9 @@ def test_results_may_lack_an_accuracy_or_an_interval(page_of):
     Checked(page)
 
 
-def test_seeds_share_a_color_and_differ_in_dashes(tmp_path):
-    runs = [write_run(tmp_path / f"seed{seed}", ["lora", "mix"]) for seed in range(3)]
-    jobs = read_runs(runs)
-    assert [job.label for job in jobs][:2] == ["seed0/lora", "seed0/mix"]
-    styles = list(job_styles(jobs).values())
-    assert [style.color for style in styles] == [*COLORS[:2]] * 3
-    assert len(set(styles)) == 6
-    jobs = [replace(jobs[0], name=f"job{n}", label=str(n)) for n in range(200)]
-    assert len(set(job_styles(jobs).values())) == 200
+def test_a_run_is_given_once(run):
     with pytest.raises(ConfigError, match="different names, got lora, mix more than once"):
-        make_page([runs[0], runs[0]])
+        make_page([run, run])
 
 
 def test_a_sweeps_settings_are_columns_and_its_jobs_are_ranked(tmp_path):

@@ -15,20 +15,13 @@ from pandas import DataFrame, Series
 
 from loraloom.report.jobs import Job
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
 SMOOTHING = 0.9  # weight of the past in the running mean
 
 _SMOOTHED = ("loss", "grad_norm")
 _OFTEN_ZERO = ("aux_loss", "skipped_steps")  # where there are no routers, or nothing overflows
 _PASSED_OVER = ["epoch", "tokens", "computed_tokens", "seconds", "warnings"]
+_DASHES = ("-", "--", "-.", ":")
 _STYLES: list[Any] = ["default", Path(__file__).with_suffix(".mplstyle")]
-
-
-class Style(NamedTuple):
-    """How a job's lines look in every chart."""
-
-    color: str
-    dashes: tuple[int, ...]
 
 
 class Chart(NamedTuple):
@@ -39,47 +32,13 @@ class Chart(NamedTuple):
     source: str
 
 
-def line_chart(title: str, curves: Mapping[str, Series], styles: dict[str, Style]) -> Chart:
-    """Draw curves over steps."""
-    words = [title]
-    image = io.BytesIO()
-    with style.context(_STYLES):
-        figure = Figure(figsize=(5, 3))
-        axes = figure.subplots()
-        for label, curve in curves.items():
-            words.append(f"{label}: {curve.iloc[-1]:.4g} at step {curve.index[-1]}")
-            (line,) = axes.plot(curve, color=styles[label].color)
-            if styles[label].dashes:
-                line.set_linestyle((0, styles[label].dashes))
-            if len(curve) == 1:
-                line.set_marker("o")
-        axes.set_xlabel("step")
-        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-    source = f"data:image/svg+xml;base64,{b64encode(image.getvalue()).decode()}"
-    return Chart(title, ". ".join(words), source)
-
-
-def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
-    """Give each job a color by its name, so that seeds look alike, and dashes by its run."""
-    names = list(dict.fromkeys(job.name for job in jobs))
-    runs = list(dict.fromkeys(job.run for job in jobs))
-    styles = {}
-    for job in jobs:
-        repeat, color = divmod(names.index(job.name), len(COLORS))
-        number = runs.index(job.run) + len(runs) * repeat
-        # lengths of lines and gaps: solid, then a dash with ever more dots behind it
-        dashes = (7, 3) + (1, 2) * (number - 1) if number else ()
-        styles[job.label] = Style(COLORS[color], dashes)
-    return styles
-
-
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
     lines = [{"job": job.label, **line} for job in jobs for line in job.metrics]
     if not lines:
         return []
     metrics = DataFrame(lines).drop(columns=_PASSED_OVER, errors="ignore")
     metrics = metrics.set_index(["job", "step"]).astype(float)
-    styles = job_styles(jobs)
+    formats = _formats(jobs)
     charts = []
     for name in metrics.columns:
         title = f"{name}, running mean" if name in _SMOOTHED else name
@@ -91,5 +50,33 @@ def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
             if name not in _OFTEN_ZERO or curve.any():
                 curves[str(label)] = curve
         if curves:
-            charts.append(line_chart(title, curves, styles))
+            charts.append(_draw(title, curves, formats))
     return charts
+
+
+def _formats(jobs: Sequence[Job]) -> dict[str, str]:
+    """Give each job a color by its name, so that seeds look alike, and dashes by its run."""
+    names = list(dict.fromkeys(job.name for job in jobs))
+    runs = list(dict.fromkeys(job.run for job in jobs))
+    formats = {}
+    for job in jobs:
+        dashes = _DASHES[runs.index(job.run) % len(_DASHES)]
+        formats[job.label] = f"C{names.index(job.name)}{dashes}"
+    return formats
+
+
+def _draw(title: str, curves: Mapping[str, Series], formats: Mapping[str, str]) -> Chart:
+    words = [title]
+    image = io.BytesIO()
+    with style.context(_STYLES):
+        figure = Figure(figsize=(5, 3 + 0.1 * len(curves)))
+        axes = figure.subplots()
+        for label, curve in curves.items():
+            words.append(f"{label}: {curve.iloc[-1]:.4g} at step {curve.index[-1]}")
+            marker = "o" if len(curve) == 1 else ""
+            axes.plot(curve, formats[label], marker=marker)
+        axes.set_xlabel("step")
+        figure.legend(axes.get_lines(), list(curves), loc="outside lower left", ncols=2)
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{b64encode(image.getvalue()).decode()}"
+    return Chart(title, ". ".join(words), source)

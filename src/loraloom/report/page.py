@@ -12,7 +12,7 @@ import numpy as np
 import loraloom
 from loraloom.errors import DataError
 from loraloom.eval.results import Evaluation, Fields, read_evaluation
-from loraloom.report.charts import job_styles, learning_curves
+from loraloom.report.charts import learning_curves
 from loraloom.report.jobs import Job, read_runs
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)  # loads where a cell's color changes, in even shares
@@ -44,7 +44,6 @@ def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary:
         "results": results,
         "environments": environments,
         "max_rows": MAX_ROWS,
-        "styles": job_styles(jobs),
         "charts": learning_curves(jobs),
         "evaluations": [_lay_out_evaluation(file, evaluations[file]) for file in evaluations],
         "levels": LEVELS,
