@@ -10,11 +10,10 @@ import math
 import platform
 import secrets
 import sqlite3
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,10 @@ class ScoreCache:
             digest = None
             if adapter is not None:
                 loaded = self._host.adapter(adapter)
-                digest = adapter_digest(loaded) + "".join(map(_code_digest, loaded.parts))
+                digest = adapter_digest(loaded)
+                modules = [type(part.config).__module__ for part in loaded.parts]
+                if not all(module.startswith("loraloom.") for module in modules):
+                    digest = secrets.token_hex()  # another package's code may change any time
             self._ids[adapter] = json_digest({**self._key, "adapter": digest})
         return json_digest([self._ids[adapter], tokens])
 
@@ -166,27 +168,6 @@ def adapter_digest(adapter: Adapter) -> str:
         values = tensor.detach().cpu().flatten()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _code_digest(adapter: Adapter) -> str:
-    """Hash the code of another package's method; empty for loraloom's, see SCORING_VERSION."""
-    package = type(adapter.config).__module__.partition(".")[0]
-    if package == "loraloom":
-        return ""
-    digest = hashlib.sha256(adapter.config.package.encode())
-    with suppress(PackageNotFoundError, ValueError):  # it may be no more than a file
-        digest.update(version(adapter.config.package).encode())
-    names = set[str]()
-    for instance in (adapter.config, *adapter.modules()):
-        names |= {kind.__module__ for kind in type(instance).__mro__}
-    for name in sorted(names):
-        if name.partition(".")[0] == package:
-            file = getattr(sys.modules.get(name), "__file__", None)
-            try:
-                digest.update(Path(str(file)).read_bytes())
-            except OSError:  # a notebook has none: its scores are never found again
-                digest.update(secrets.token_bytes())
     return digest.hexdigest()
 
 
