@@ -165,12 +165,11 @@ def _evaluate_harness(
     run: EvalRun, stored: Mapping[str, StoredAdapter]
 ) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
     from loraloom.eval.harness import evaluate_adapters, load_tasks
-    from loraloom.eval.harness.tasks import as_evaluation, check_asks_text, question_lines
+    from loraloom.eval.harness.tasks import as_evaluation, question_lines
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
     files = describe_adapters(run.adapters)
     tasks = load_tasks(_names(run.harness), run.harness_include)
-    check_asks_text(tasks)
     host, tokenizer = load_host(run, stored)
     results = evaluate_adapters(
         host,

@@ -4,7 +4,6 @@ import yaml
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.harness import load_tasks
 from loraloom.eval.harness import tasks as module
-from loraloom.eval.harness.tasks import check_asks_text
 
 
 @pytest.fixture
@@ -34,13 +33,6 @@ def test_tasks_can_be_groups_tags_patterns_and_files(tmp_path, toy_tasks):
     assert task.task_name == "toy_blank"
     with pytest.raises(ConfigError, match="must name each task once; Duplicate task 'toy_choice'"):
         load_tasks(["toy_group", "toy_choice"], tmp_path)
-
-
-@pytest.mark.parametrize("mark", ["UNSAFE_CODE", "MULTIMODAL"])
-def test_tasks_that_lm_eval_would_not_ask_are_refused(toy_tasks, monkeypatch, mark):
-    monkeypatch.setattr("lm_eval.api.task.Task." + mark, True, raising=False)
-    with pytest.raises(ConfigError, match=r"does not support tasks that .*: toy_choice"):
-        check_asks_text(load_tasks(["toy_choice"], toy_tasks))
 
 
 @pytest.mark.usefixtures("alone")

@@ -42,20 +42,6 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> list[Task |
     return loaded
 
 
-def check_asks_text(loaded: Sequence[Task | Group]) -> None:
-    """Refuse tasks that lm-eval wouldn't ask, before the model is there."""
-    tasks = []
-    for entry in loaded:
-        if isinstance(entry, Group):
-            tasks += entry.get_all_tasks()
-        else:
-            tasks.append(entry)
-    for mark, reason in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
-        names = [task.task_name for task in tasks if getattr(task, mark, False)]
-        if names:
-            raise ConfigError(f"--harness does not support tasks that {reason}: {', '.join(names)}")
-
-
 def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
     """Index tasks; lm-eval's own, which takes seconds, only where they are needed."""
     if include is None:
