@@ -19,9 +19,10 @@ from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
-from loraloom.eval.evaluation import EvaluationRequest, load_question_sets, score_sets
+from loraloom.eval.evaluation import load_question_sets, score_sets
 from loraloom.eval.held_out import describe_rows, load_held_out
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
+from loraloom.eval.score import Scorer
 from loraloom.eval.statistics import Pair, choose_pairs
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.generation.loading import check_sources, load_host
@@ -146,19 +147,21 @@ def _evaluate_sets(
     sources = _held_out_sources(run, [adapter.prompt for adapter in stored.values()])
     sets: Any = load_question_sets(_names(run.task), run.scoring, run.split, run.data, run.limit)
     host, tokenizer = load_host(run, stored)
-    request = EvaluationRequest(
-        adapters=run.scored,
-        pairs=pairs,
-        files=files,
+    for source in sources:
+        sets.append(load_held_out(host, tokenizer, source, run.max_length, run.limit))
+    scorer = Scorer(
+        host,
+        tokenizer,
+        run.scored,
         max_tokens_per_batch=run.batch_tokens,
         cache=None if run.no_cache else ScoreCache(cache_directory() / "eval", host),
         console=make_console(stderr=True, soft_wrap=True),
+        pairs=pairs,
+        files=files,
         command=_command(),
         compat=run.compat,
     )
-    for source in sources:
-        sets.append(load_held_out(host, tokenizer, source, run.max_length, run.limit))
-    return score_sets(host, tokenizer, sets, request)
+    return score_sets(scorer, sets)
 
 
 def _evaluate_harness(

@@ -9,11 +9,10 @@ evaluation.write("result.json")
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig, skills_lands, task_name
@@ -22,7 +21,7 @@ from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
 from loraloom.eval import generated_answers
-from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
+from loraloom.eval.cache import describe_adapters, describe_evaluation
 from loraloom.eval.generated_answers import AnswerSet, load_answer_set
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, Fields, check_limit
@@ -34,22 +33,6 @@ from loraloom.host.host import Host
 from loraloom.terminal import show_progress
 
 TaskSet = QuestionSet | AnswerSet
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationRequest:
-    """Which adapters are scored together (None is the base model), and with which options."""
-
-    adapters: Sequence[str | None]
-    pairs: Sequence[Pair]
-    """Who is compared with whom."""
-    files: Mapping[str, Fields] = field(default_factory=dict)
-    """The adapters' files as they were when they were read: training replaces checkpoints."""
-    max_tokens_per_batch: int | None = None
-    cache: ScoreCache | None = None
-    console: Console | None = None
-    command: str = ""
-    compat: Literal["moe-peft"] | None = None
 
 
 def evaluate(
@@ -86,7 +69,7 @@ def evaluate(
         DataError: If a task's data is missing or damaged, or a question doesn't fit the model.
         AdapterError: If the host lacks an adapter, or its scores are not finite.
     """
-    request = _make_request(host, adapters, **options)
+    scorer = _make_scorer(host, tokenizer, adapters, **options)
     listed = [tasks] if isinstance(tasks, str | Path | TaskSet) else tasks
     sets = [task for task in listed if isinstance(task, TaskSet)]
     names = [str(task) for task in listed if not isinstance(task, TaskSet)]
@@ -94,7 +77,7 @@ def evaluate(
     _check_differ("tasks", [task.task for task in sets])
     if not sets:
         raise ConfigError("tasks must contain at least one task, got none")
-    return score_sets(host, tokenizer, sets, request)
+    return score_sets(scorer, sets)
 
 
 def evaluate_loss(
@@ -127,23 +110,24 @@ def evaluate_loss(
         DataError: If it is missing or damaged, or no row fits.
         AdapterError: If the host lacks an adapter, or its losses are not finite.
     """
-    request = _make_request(host, adapters, **options)
+    scorer = _make_scorer(host, tokenizer, adapters, **options)
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
     sets = list(data)
     if not sets:
         raise ConfigError("data must have at least one data set, got none")
-    return score_sets(host, tokenizer, sets, request)
+    return score_sets(scorer, sets)
 
 
-def _make_request(
+def _make_scorer(
     host: Host,
+    tokenizer: PreTrainedTokenizerBase,
     adapters: Sequence[str | None] | None,
     *,
     pairs: Sequence[Pair] | None = None,
     sources: Mapping[str, str] | None = None,
     **options: Any,
-) -> EvaluationRequest:
+) -> Scorer:
     if adapters is None:
         adapters = [None, *host.adapters]
     elif isinstance(adapters, str):
@@ -152,53 +136,38 @@ def _make_request(
         pairs = choose_pairs(adapters)
     check_scored(adapters, pairs)
     files = describe_adapters(sources or {})
-    return EvaluationRequest(adapters=list(adapters), pairs=pairs, files=files, **options)
+    return Scorer(host, tokenizer, list(adapters), pairs=pairs, files=files, **options)
 
 
-def score_sets(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: Sequence[TaskSet] | Sequence[HeldOutSet],
-    request: EvaluationRequest,
-) -> Evaluation:
+def score_sets(scorer: Scorer, sets: Sequence[TaskSet] | Sequence[HeldOutSet]) -> Evaluation:
     _check_differ("data sets", [data.name for data in sets if isinstance(data, HeldOutSet)])
-    if request.cache is not None:
-        request.cache.begin()
-    scorer = Scorer(
-        host,
-        tokenizer,
-        request.adapters,
-        request.max_tokens_per_batch,
-        request.cache,
-        request.console,
-    )
-    tally = RoutingTally(host, request.adapters, tokenizer)
+    if scorer.cache is not None:
+        scorer.cache.begin()
+    tally = RoutingTally(scorer.host, scorer.adapters, scorer.tokenizer)
     scores = []
     for data in sets:
         if isinstance(data, HeldOutSet):
             scores.append(_score_rows(data, scorer, tally))
             continue
-        if request.compat and (isinstance(data, AnswerSet) or data.scoring != "label"):
-            raise ConfigError(f"compat {request.compat} requires choice tasks with scoring: label")
+        if scorer.compat and (isinstance(data, AnswerSet) or data.scoring != "label"):
+            raise ConfigError(f"compat {scorer.compat} requires choice tasks with scoring: label")
         if isinstance(data, AnswerSet):
             scores.append(_score_answers(data, scorer))
         else:
-            scores.append(_score_choices(data, scorer, tally, request.compat))
+            scores.append(_score_choices(data, scorer, tally))
     return summarise(
         scores,
-        request.pairs,
-        **describe_evaluation(host, request.files, request.command),
+        scorer.pairs,
+        **describe_evaluation(scorer.host, scorer.files, scorer.command),
         tasks={task.name: dict(task.details) for task in scores},
-        num_cached_scores=0 if request.cache is None else request.cache.num_found,
+        num_cached_scores=0 if scorer.cache is None else scorer.cache.num_found,
         routing=tally.summarise(),
-        compat=request.compat,
+        compat=scorer.compat,
     )
 
 
-def _score_choices(
-    data: QuestionSet, scorer: Scorer, tally: RoutingTally, compat: str | None
-) -> Scores:
-    if compat is not None:
+def _score_choices(data: QuestionSet, scorer: Scorer, tally: RoutingTally) -> Scores:
+    if scorer.compat is not None:
         data = replace(data, questions=[with_all_labels(question) for question in data.questions])
     questions = data.questions
     groups = [question.group for question in questions]
@@ -209,7 +178,7 @@ def _score_choices(
         scores = score_questions(
             scorer,
             questions,
-            last_tokens=compat is not None,
+            last_tokens=scorer.compat is not None,
             on_progress=advance,
             on_routing=on_routing,
         )

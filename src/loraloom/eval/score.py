@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, product
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from loraloom.data.tokens import TokenPair, encode_pairs, encode_texts
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.results import Fields, Metric, PairedComparison
-from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, share_fields
+from loraloom.eval.statistics import Pair, compare_losses, compare_paired, seed_values, share_fields
 from loraloom.generation import scoring
 from loraloom.generation.scoring import fit_pair
 from loraloom.host.host import Host
@@ -45,14 +45,22 @@ MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Scorer:
-    """Adapters that are scored together, None is the base model; a batch is with all of them."""
+    """Adapters that are scored together (None is the base model), and how they are evaluated."""
 
     host: Host
     tokenizer: PreTrainedTokenizerBase
     adapters: Sequence[str | None]
     max_tokens_per_batch: int | None = None
+    """Size of a batch, with the tokens of all adapters."""
     cache: ScoreCache | None = None
-    console: Console | None = None  # to show progress on
+    console: Console | None = None
+    """Where progress is shown."""
+    pairs: Sequence[Pair] = ()
+    """Who is compared with whom."""
+    files: Mapping[str, Fields] = field(default_factory=dict)
+    """The adapters' files as they were when they were read: training replaces checkpoints."""
+    command: str = ""
+    compat: Literal["moe-peft"] | None = None
 
     def score(
         self,
