@@ -178,7 +178,7 @@ def test_what_a_task_lacks_is_an_error(write, tmp_path):
     with pytest.raises(DataError, match=r"test.jsonl: no such file"):
         load_question_set(path)
     with pytest.raises(ConfigError, match=r"quiz.yaml: label: answer_is must be 'label', 'index'"):
-        find_task(write(f"{TASK}label: {{answer_is: labl}}"))
+        load_question_set(write(f"{TASK}label: {{answer_is: labl}}"))
     with pytest.raises(DataError, match=r"quiz.yaml: template is not valid Jinja"):
         load_question_set(write(TASK.replace("{{ question }}", "{{ question")))
     with pytest.raises(DataError, match="quiz contains no data; set path"):

@@ -108,9 +108,7 @@ def _load_task(path: Path) -> ChoiceTask:
         source = {}
         for split, file in (data.files or {}).items():
             source[split] = path.parent / local_path(file, "data.files", DataError)
-    task = ChoiceTask(name, path, config, source)
-    task.check_templates()
-    return task
+    return ChoiceTask(name, path, config, source)
 
 
 @dataclass(frozen=True)
@@ -126,20 +124,6 @@ class ChoiceTask:
     def _asked(self) -> Mapping[Scoring, TaskConfig]:
         names = get_args(Scoring)
         return {name: self.config.asked_by(name, f"{self.path}: {name}: ") for name in names}
-
-    def check_templates(self) -> None:
-        for scoring, config in self._asked.items():
-            settings: dict[str, Any] = {
-                "template": config.template.get(scoring),
-                "continuation": config.continuation,
-                "choices": config.choices,
-                "labels": config.labels,
-                "answer": config.answer,
-            }
-            for setting, value in settings.items():
-                texts = [value] if isinstance(value, str) else value
-                for text in texts or ():
-                    compile_template(text, f"{self.path}: {setting}")
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
         data = self.find_data(split, path)
