@@ -105,7 +105,7 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--prompt x --top-p 0.5", "top_p requires temperature above 0"),
         ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be greater than"),
         ("--prompt x --output .", "--output must be a file"),
-        ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
+        ("--prompt x --raw --chat-template hermes", "--chat-template exclude each other"),
         ("--prompt x --resume", "--resume requires --output FILE.jsonl"),
         ("--prompt x --no-base", "--no-base requires --adapter NAME=PATH"),
         ("--input a.jsonl --no-base", "--no-base requires --prompt: of --input, the base model"),

@@ -74,7 +74,7 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved, monkey
         (["--served-model-name", ""], "served_model_name"),
         (["--served-model-name", "m", "--adapter", "m=x"], "'m' names the base model and an"),
         (["--tool-template", "hermes"], "requires a tokenizer with the tokens <|im_start|>"),
-        (["--tool-template", "missing"], "tool_template must be trl, hermes, a Jinja template"),
+        (["--tool-template", "missing"], "tool_template must be hermes, a Jinja template"),
     ],
 )
 def test_options_that_can_not_be_heeded_are_errors(saved, capsys, options, message):

@@ -28,7 +28,7 @@ CONTRADICTIONS = [
     ({"dataset": "a.jsonl"}, "dataset requires format"),
     ({**CHAT, "path": "data"}, "path is not supported for a dataset"),
     ({**CHAT, "template": "alpaca"}, "template is not supported for format chat"),
-    ({**TEXT, "chat_template": "trl"}, "chat_template is not supported for format text"),
+    ({**TEXT, "chat_template": "hermes"}, "chat_template is not supported for format text"),
     ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages, tools, system to col"),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix and task, scoring exclude each other"),
     ({"mix": []}, "at least 1 item"),

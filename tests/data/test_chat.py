@@ -1,5 +1,4 @@
 import json
-import sys
 from itertools import groupby
 
 import pytest
@@ -165,15 +164,6 @@ def test_the_day_of_a_template_does_not_change_in_training(tiny_tokenizer):
         for day in (TRAINING_DAY, None)
     )
     assert fixed == "26 Jul 2024" != today
-
-
-def test_trl_has_no_template_for_every_tokenizer_and_may_be_missing(tiny_tokenizer, monkeypatch):
-    tiny_tokenizer.chat_template = PLAIN
-    with pytest.raises(DataError, match="trl has no training template for this tokenizer"):
-        load_chat_template(tiny_tokenizer, "trl")
-    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
-    with pytest.raises(DataError, match="chat_template trl requires trl; run: pip install trl"):
-        load_chat_template(tiny_tokenizer, "trl")
 
 
 def test_a_tokenizer_that_does_not_know_where_tokens_begin_is_refused(tiny_tokenizer, monkeypatch):

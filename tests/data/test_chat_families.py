@@ -96,10 +96,10 @@ def test_the_same_is_learnt_as_by_trl_with_its_own_template(family, kind):
 def test_trls_template_gives_trls_tokens_and_masks(family, kind):
     is_written = kind in ("turns", "system", "sharegpt") or "qwen" in family
     if is_written and (family, kind) not in (("gemma", "system"), ("qwen2.5", "reasoning")):
-        assert learn(family, kind, "trl") == [train_with_trl(family, kind)]
+        assert learn(family, kind, TRAINING[family]) == [train_with_trl(family, kind)]
     else:
         with pytest.raises(DataError, match=r"drops|rejects"):
-            learn(family, kind, "trl")
+            learn(family, kind, TRAINING[family])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,8 +41,7 @@ class GenerateOptions(HostOptions):
     template: Annotated[Text | None, Section.DATA] = None
     """Use this prompt template: alpaca, plain, a Jinja string or a file."""
     chat_template: Annotated[Text | None, Section.DATA] = None
-    """Use this chat template: a file, a Jinja string, trl for trl's training template, or hermes
-    for ChatML with tools."""
+    """Use this chat template: a file, a Jinja string, or hermes for ChatML with tools."""
     output: Annotated[Path | None, Section.RESULTS] = None
     """Append rows to FILE.jsonl with `completion`, `adapter` and a router's `chosen`."""
     resume: Annotated[bool, Section.RESULTS] = False

@@ -77,8 +77,7 @@ class ServeOptions(HostOptions):
     max_waiting: Annotated[int, Section.LIMITS] = Field(default=256, ge=1)
     """Queue at most N completions."""
     chat_template: Text | None = None
-    """Use this chat template for models without a prompt form: a file, a Jinja string, trl or
-    hermes."""
+    """Use this chat template for models without a prompt form: a file, a Jinja string or hermes."""
     tool_template: Text | None = None
     """Use this chat template for requests with tools: hermes (for ChatML), a file or a Jinja
     string. Adapters trained with another template keep it."""

@@ -216,8 +216,7 @@ class _SourceFields(StrictModel):
     a file. Default: alpaca for instructions; preferences' prompts are used as they are."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Conversations: chat template, a Jinja string or file; null: the tokenizer's.
-    trl: the trl package's training version of the tokenizer's template. hermes: ChatML with
-    tools."""
+    hermes: ChatML with tools."""
     fields: dict[str, str] | None = None
     """Data set: column of each role, if columns are named differently from the format."""
     on_empty: Literal["error", "skip"] | None = None

@@ -233,8 +233,7 @@ def _answered_texts(
             row.reject(
                 f"the generation prompt for message {turn + 1} continues with "
                 f"{shown(prompt[shared:])}, but the rendered answer with "
-                f"{shown(answered[shared : shared + 30])}; set "
-                "chat_template: trl, or another template"
+                f"{shown(answered[shared : shared + 30])}; set another chat_template"
             )
     closing = template.closing()
     texts: list[Marked] = []

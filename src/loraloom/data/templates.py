@@ -28,9 +28,7 @@ from loraloom.errors import DataError, shown
 # Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
 # tomorrow, and the same ones are held out.
 TRAINING_DAY = date(2024, 7, 26)
-# In place of a template: the one that trl has for training with the tokenizer's.
-TRL = "trl"
-# And the one for base models of ChatML's turns whose template leaves tools out.
+# In place of a template: the one for base models of ChatML's turns whose template leaves tools out.
 HERMES = "hermes"
 _CHATML = ("<|im_start|>", "<|im_end|>")
 # A text, and where in it the answers begin and end, in characters.
@@ -231,16 +229,4 @@ def given_source(
                 f"{' and '.join(_CHATML)}; write a template with the base model's own turns"
             )
         return TOOL_TEMPLATE
-    if template != TRL:
-        return read_template(template, setting, (TRL, HERMES))
-    source = ChatTemplate(tokenizer).source()
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-
-        return get_training_chat_template(tokenizer) or source
-    except ImportError as error:
-        raise DataError(f"chat_template {TRL} requires trl; run: pip install trl") from error
-    except ValueError as error:
-        raise DataError(
-            "trl has no training template for this tokenizer; set chat_template to another template"
-        ) from error
+    return read_template(template, setting, (HERMES,))
