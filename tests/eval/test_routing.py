@@ -2,13 +2,11 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from loraloom import RoutedConfig
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation
-from loraloom.eval.routing import RoutingTally, token_texts
+from loraloom.eval.routing import RoutingTally
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
@@ -128,10 +126,3 @@ def test_tasks_and_groups_of_questions_are_topics(tiny_tokenizer):
     groups = ["sums", "sums", None, "toy", "sums"]
     (grouped,) = tallied(host, tiny_tokenizer, ["mixlora"], groups=groups).values()
     assert set(grouped["specialisation"]["topics"]["of"]) == {"toy/sums", "toy"}
-
-
-def test_texts_of_tokens_make_up_words_of_wordpiece():
-    model = models.WordPiece({"[UNK]": 0, "walk": 1, "##ing": 2}, unk_token="[UNK]")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
-    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
-    assert token_texts([1, 2, 1], tokenizer) == ["walk", "ing", " walk"]

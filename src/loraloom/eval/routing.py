@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.routed.method import expert_names
+from loraloom.data.tokens import name_of_token
 from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.host.host import Host
@@ -117,7 +118,8 @@ class _AdapterTally:
                     record = routed.routing[layer]
                     selected = record.selected_experts[start : start + num_tokens, 0]
                     experts[str(_label(record.router))] = selected.tolist()
-                texts = token_texts(row.input_ids[:num_tokens], self.tokenizer)
+                token_ids = row.input_ids[:num_tokens]
+                texts = [name_of_token(self.tokenizer, token_id) for token_id in token_ids]
                 self.examples[task] = {"tokens": texts, "experts": experts}
                 return
             start += len(row.input_ids)
@@ -187,18 +189,3 @@ def _label(router: RouterName) -> int | str:
 
 def _rounded(values: Tensor) -> Any:
     return values.double().round(decimals=6).tolist()
-
-
-def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Each token's text; the vocabulary's own name of it where it is no whole character."""
-    texts = []
-    before = ""  # the text of the token before
-    for index, token_id in enumerate(token_ids):
-        # a decoder may leave out a space in front, but not after another token
-        both = str(tokenizer.decode(list(token_ids[max(index - 1, 0) : index + 1])))
-        text = both[len(before) :]
-        if not text or "\ufffd" in text:
-            text = str(tokenizer.convert_ids_to_tokens(token_id))
-        texts.append(text)
-        before = str(tokenizer.decode([token_id]))
-    return texts
