@@ -10,7 +10,6 @@ import jinja2
 import numpy as np
 
 import loraloom
-from loraloom.errors import DataError
 from loraloom.eval.results import Evaluation, Fields, read_evaluation
 from loraloom.report.charts import learning_curves
 from loraloom.report.jobs import Job, read_runs
@@ -18,20 +17,13 @@ from loraloom.report.jobs import Job, read_runs
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)  # loads where a cell's color changes, in even shares
 MAX_ROWS = 20  # of a table of results; a longer one is folded
 
-# What comes of files that are damaged.
-_BAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError)
-
 
 def make_page(runs: Sequence[Path], evaluations: Sequence[Path] = (), *, summary: str = "") -> str:
     jobs = read_runs(runs)
     by_file = {path.name: read_evaluation(path) for path in evaluations}
     if len(by_file) < len(evaluations):
         by_file = {str(path): read_evaluation(path) for path in evaluations}
-    try:
-        return _render(jobs, by_file, summary)
-    except _BAD as error:
-        files = ", ".join(map(str, [*runs, *evaluations]))
-        raise DataError(f"{files} are damaged or incomplete: {error}") from error
+    return _render(jobs, by_file, summary)
 
 
 def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary: str) -> str:
