@@ -56,14 +56,8 @@ class HeldOutSet:
 
 def describe_rows(name: str, details: Mapping[str, Any]) -> str:
     kind = "pairs" if details["format"] == "preference" else "rows"
-    counts = {
-        "num_cut": f"cut or divided to fit max_length={details['max_length']}",
-        "num_empty": "skipped because of empty answers",
-        "num_dropped": "dropped because their answers are missing or do not fit",
-    }
-    texts = [f"{details[key]} {text}" for key, text in counts.items() if details[key]]
     size = f"{details['num_examples']} {kind}, {details['num_tokens']} tokens with a loss"
-    return "; ".join([f"{name}: {size}", *texts])
+    return "; ".join([f"{name}: {size}", *details["notes"]])
 
 
 def load_held_out(
@@ -92,7 +86,6 @@ def load_held_out(
             rows.append(examples)
             row_indices.append(index)
     tokens = [[[row.input_ids, row.labels] for row in examples] for examples in rows]
-    num_empty = sum(row.is_empty for row in encoded)
     name = source.dataset or encoder.name
     location = source.dataset and find_location(source.dataset, split, source.config)
     details = {
@@ -100,9 +93,7 @@ def load_held_out(
         "split": None if is_data_file(Path(source.dataset or "")) else split,
         "num_examples": len(rows),
         "num_tokens": sum(count_labels(row) for examples in rows for row in examples),
-        "num_cut": sum(row.is_cut for row in encoded),
-        "num_empty": num_empty,
-        "num_dropped": len(encoded) - len(rows) - num_empty,
+        "notes": encoder.notes(encoded),
         "max_length": longest,
         "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         "source": describe(location) if location else {"dataset": name},
