@@ -9,7 +9,7 @@ import datasets
 
 from loraloom.cli.main import main
 from loraloom.eval.results import read_evaluation
-from loraloom.eval.statistics import read_answers, wilson_interval
+from loraloom.eval.statistics import read_answers
 from tests.eval.harness.toy import write_tasks
 
 
@@ -33,7 +33,8 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     summary = written["results"]["b"]["toy_choice"]
     assert (summary["num_examples"], summary["num_fewshot"], summary["split"]) == (5, 1, "test")
     assert summary["accuracy"] == written["lm_eval"]["b"]["results"]["toy_choice"]["acc_norm,none"]
-    assert summary["interval"] == list(wilson_interval(summary["accuracy"], 5))
+    low, high = summary["interval"]
+    assert low < summary["accuracy"] < high
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
     assert read_evaluation(result).results["a"]["toy_choice"]["num_examples"] == 5

@@ -18,7 +18,6 @@ from lm_eval.utils import handle_non_serializable
 from loraloom.config.fields import suggestion
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Evaluation, Fields
-from loraloom.eval.statistics import wilson_interval
 
 # What `lm_eval.simple_evaluate` returns, by adapter.
 Results = Mapping[str | None, Mapping[str, Any]]
@@ -118,22 +117,13 @@ def _result(output: Mapping[str, Any], task: str) -> Fields:
         key = keys[0]
         value, stderr = metrics[key].values()
         result |= {"accuracy": value, "stderr": stderr, "metric": key}
-        count = result["num_examples"] or 0
-        if _is_share(value, stderr, count):
-            result["interval"] = list(wilson_interval(value, count))
+        if value is not None and stderr is not None:
+            result["interval"] = [value - 1.96 * stderr, value + 1.96 * stderr]  # 95 %
     config = output["configs"].get(task, {})
     split = config.get("test_split") or config.get("validation_split")
     if split:
         result["split"] = split
     return result
-
-
-def _is_share(value: float | None, stderr: float | None, count: int) -> bool:
-    """Whether a mean is of right and wrong answers, not of other marks, by its standard error."""
-    if value is None or stderr is None or not 0 <= value <= 1 < count:
-        return False
-    expected = math.sqrt(value * (1 - value) / (count - 1))
-    return math.isclose(stderr, expected, rel_tol=1e-3)
 
 
 def _number(value: Any) -> float | None:
