@@ -33,9 +33,6 @@ MARK = "†"
 ACCURACY = "accuracy %"
 LOSS = "loss, nats a token"
 PAIR_LOSS = "loss, nats a pair"
-_DISAGREEMENT = (
-    "An interval without 0 whose p is 0.05 or more: such intervals are too narrow; trust p."
-)
 _UNITS = {"accuracy": "points", "loss": "nats a token", "score": "score"}
 NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
@@ -335,8 +332,6 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     lines = ["* significant: p (Holm), of all comparisons, < 0.05"]
     if len(comparisons) <= MAX_MEANINGS:
         lines += [_meaning(comparison, len(comparisons)) for comparison in comparisons]
-    if any(map(_has_narrow_interval, comparisons)):
-        lines.append(_DISAGREEMENT)
     table.caption = "\n".join(lines)
     return table
 
@@ -351,11 +346,6 @@ def _signed(value: float, comparison: Comparison) -> str:
 
 def _p_value_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def _has_narrow_interval(comparison: Comparison) -> bool:
-    low, high = comparison.interval
-    return comparison.p_value >= 0.05 and not low <= 0 <= high
 
 
 def _better_first(comparison: Comparison) -> tuple[str, str]:
