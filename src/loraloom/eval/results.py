@@ -104,17 +104,8 @@ class Evaluation(BaseModel):
     seeds: dict[str, Fields] = {}
     comparisons: list[Comparison] = []
     routing: dict[str, Fields] = {}
-    base_model: str = ""
-    base_fingerprint: str = ""
-    attention: str = ""
     adapters: dict[str, Fields] = {}
     tasks: dict[str, Fields] = {}
-    versions: dict[str, str] = {}
-    platform: str = ""
-    device: str = ""
-    dtype: str = ""
-    command: str = ""
-    date: str = ""
     num_cached_scores: int = 0
     scores: list[Any] = Field(default=[], exclude=True, repr=False)
 
