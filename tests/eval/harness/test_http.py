@@ -22,11 +22,11 @@ def test_results_are_the_same_through_http(host, tiny_tokenizer, toy_tasks, tmp_
         return lm_eval.simple_evaluate(model, tasks=tasks, **options)["samples"]["toy_choice"]
 
     arguments = {"model": adapter, "tokenizer": str(tmp_path), "tokenizer_backend": "huggingface"}
-    arguments |= {"batch_size": 4, "max_length": 200}
+    arguments |= {"batch_size": 4, "max_length": 256}
     with serving(host, tiny_tokenizer) as (address, _):
         arguments["base_url"] = f"{address}/v1/completions"
         theirs = samples("local-completions", model_args=arguments)
-    ours = samples(HostLM(host, tiny_tokenizer, adapter, max_length=200))
+    ours = samples(HostLM(host, tiny_tokenizer, adapter))
     for one, other in zip(ours, theirs, strict=True):
         assert one["acc"] == other["acc"]
         assert_same_scores(one["filtered_resps"], other["filtered_resps"], 1e-3)

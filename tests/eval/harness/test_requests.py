@@ -9,25 +9,23 @@ from tests.eval.harness.toy import instances
 from tests.eval.scoring import scoring_host
 
 
-@pytest.mark.parametrize(("options", "num_bos"), [({}, 1), ({"add_bos_token": False}, 0)])
-def test_bos_stands_in_front_once(options, num_bos):
+def test_bos_stands_in_front_once():
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 1)]
     )
-    lm = HostLM(scoring_host(configs={}), tokenizer, **options)
-    assert lm.tok_encode("the sky").count(1) == num_bos
+    lm = HostLM(scoring_host(configs={}), tokenizer)
+    assert lm.tok_encode("the sky").count(1) == 1
     assert lm.tok_encode("<bos>the sky").count(1) == 1
 
 
-@pytest.mark.parametrize(("options", "prefix"), [({}, 1), ({"prefix_token_id": 2}, 2)])
-def test_a_prefix_stands_for_an_empty_or_blank_context(options, prefix):
+def test_a_prefix_stands_for_an_empty_or_blank_context():
     host, tokenizer = scoring_host(configs={}), build_tokenizer()
-    lm = HostLM(host, tokenizer, **options)
+    lm = HostLM(host, tokenizer)
     pairs = [("", " yes"), (" ", "yes")]
     (empty, _), (blank, _) = lm.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
     rest = tokenizer(" yes")["input_ids"]
-    expected = lm._loglikelihood_tokens([(None, [prefix], rest)], disable_tqdm=True)
+    expected = lm._loglikelihood_tokens([(None, [1], rest)], disable_tqdm=True)
     assert empty == blank == expected[0][0]
 
 

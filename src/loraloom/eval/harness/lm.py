@@ -125,18 +125,12 @@ class HostLM(_HFLM):
         tokenizer: PreTrainedTokenizerBase,
         adapter: str | None = None,
         *,
-        max_length: int | None = None,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
         max_tokens_per_batch: int | None = None,
         batch_size: int = 16,
         answers: Answers | None = None,
     ):
         # HFLM's own loads a model, puts it into evaluation mode and gives the tokenizer a pad token
         TemplateLM.__init__(cast("Any", self))
-        longest = host.config.max_position_embeddings
-        if max_length is not None and not 1 <= max_length <= longest:
-            raise ConfigError(f"max_length must be in [1, {longest}], got {max_length}")
         self.host = host
         self.adapter = adapter
         self.answers = answers or Answers(
@@ -145,13 +139,13 @@ class HostLM(_HFLM):
         # what HFLM's own methods read
         self.tokenizer: Any = tokenizer
         self.backend = "causal"
-        self.add_bos_token = add_bos_token
+        self.add_bos_token = None
         self.enable_thinking = None
-        self.custom_prefix_token_id = prefix_token_id
+        self.custom_prefix_token_id = None
         self.batch_size_per_gpu = batch_size
         self.chat_template_args: dict[str, Any] = {}
         self._ends: tuple[str, ...] = ()  # of turns, in a template that is applied
-        self._max_length = max_length or longest
+        self._max_length = host.config.max_position_embeddings
         self._model = host.model
         self._config = host.config
         self._device = host.device
