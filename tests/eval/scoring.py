@@ -105,12 +105,11 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 @torch.no_grad()
 def plain_score(
     host: Host, adapter: str | None, context: list[int], continuation: list[int]
-) -> tuple[float, bool]:
+) -> float:
     """Score a continuation by itself: no batch, no padding, all logits."""
     ids = torch.tensor([context + continuation])
     scored = host(ids[:, :-1], adapters=[adapter]).logits[0].log_softmax(-1)[-len(continuation) :]
-    picked = scored.gather(1, torch.tensor(continuation)[:, None])
-    return float(picked.sum()), scored.argmax(-1).tolist() == continuation
+    return float(scored.gather(1, torch.tensor(continuation)[:, None]).sum())
 
 
 def plain_log_likelihoods(
@@ -118,4 +117,4 @@ def plain_log_likelihoods(
 ) -> list[float]:
     """Score each choice by itself."""
     pairs = encode_pairs(tokenizer, list(zip(asked.contexts, asked.continuations, strict=True)))
-    return [plain_score(host, adapter, *pair)[0] for pair in pairs]
+    return [plain_score(host, adapter, *pair) for pair in pairs]
