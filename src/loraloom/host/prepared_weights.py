@@ -126,38 +126,25 @@ class ComputeForms:
 
 
 class _Stack:
-    """Like adapters' weights side by side, made when first asked for; adapters come and go."""
+    """Like adapters' weights side by side, made when first asked for."""
 
-    def __init__(self, dtype: torch.dtype, forms: ComputeForms):
-        self.adapters: tuple[ScaledAdapter, ...] = ()
+    def __init__(
+        self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype, forms: ComputeForms
+    ):
+        self.adapters = adapters
         self._dtype = dtype
         self._forms = forms
         self._parts: dict[tuple[Block, _Names], Any] = {}
-
-    def keep(self, entries: Sequence[int]) -> None:
-        """Drop all other adapters, and bring these into this order."""
-        self.adapters = tuple(self.adapters[entry] for entry in entries)
-        if not entries:
-            self._parts.clear()
-        for key, weights in self._parts.items():
-            if weights is not None:
-                self._parts[key] = weights.take(entries)
-
-    def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
-        self.adapters += adapters
-        for key, weights in self._parts.items():
-            if weights is not None:  # else the added ones have none either
-                added = self._make(adapters, *key)
-                self._parts[key] = weights.followed_by(added)
 
     def part(self, block: Block, names: _Names) -> Any:
         """Return projections that share an input, or the whole block; None if none is adapted."""
         key = (block, names)
         if key not in self._parts:
-            self._parts[key] = self._make(self.adapters, *key)
+            self._parts[key] = self._make(block, names)
         return self._parts[key]
 
-    def _make(self, rows: Sequence[ScaledAdapter], block: Block, names: _Names) -> Any:
+    def _make(self, block: Block, names: _Names) -> Any:
+        rows = self.adapters
         if names is None:
             adapters = [adapter for adapter, _ in rows]
             if not adapters[0].adapts(block):
@@ -197,7 +184,7 @@ class PreparedWeights:
             parts = self._parts(rows, length, dtype)
             if parts is not None:
                 plan = make_plan(parts, rows, length, device)
-            # assigned behind it, as a change of a stack empties the plans
+            # assigned behind it, as a new stack empties the plans
             self._plans[key] = plan
         return self._plans[key]
 
@@ -205,13 +192,9 @@ class PreparedWeights:
         self.forms.forget(adapter)
         self._plans.clear()
         gone = {*adapter.parts}
-        for stack in self._stacks.values():
-            kept = []
-            for entry, (member, _) in enumerate(stack.adapters):
-                if gone.isdisjoint(member.parts):
-                    kept.append(entry)
-            if len(kept) < len(stack.adapters):
-                stack.keep(kept)
+        for key, stack in list(self._stacks.items()):
+            if any(not gone.isdisjoint(member.parts) for member, _ in stack.adapters):
+                del self._stacks[key]
 
     def _parts(self, rows: ScaledRows, length: int, dtype: torch.dtype) -> list[_Part] | None:
         """Find the adapters' parts of stacks; None if some can't be computed by them."""
@@ -237,25 +220,19 @@ class PreparedWeights:
         """Find a stack with these adapters, all of which are alike, and their part of it."""
         first, _ = adapters[0]
         key = (first.stack_key(), dtype)
-        # popped, so that what fails half-way is gone
-        stack = self._stacks.pop(key, None) or _Stack(dtype, ComputeForms(self.forms.kept))
-        missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
-        if missing:
-            stack.add(missing)
-        entries = [stack.adapters.index(adapter) for adapter in adapters]
+        stacked = self._stacks[key].adapters if key in self._stacks else ()
+        entries = [stacked.index(adapter) for adapter in adapters if adapter in stacked]
         # Others lie between them: when these are more, they go.
-        distance = max(entries) - min(entries)
-        is_sparse = distance >= 2 * len(entries)
+        is_sparse = bool(entries) and max(entries) - min(entries) >= 2 * len(entries)
         # An adapter's record has its scales in the order of the rows.
-        if missing or is_sparse or entries != sorted(entries):
-            self._plans.clear()
-            kept = [*entries]
+        if len(entries) < len(adapters) or is_sparse or entries != sorted(entries):
+            others: tuple[ScaledAdapter, ...] = ()
             if not is_sparse:
-                kept += [n for n in range(len(stack.adapters)) if n not in entries]
-            stack.keep(kept)
-            entries = range(len(entries))
-        self._stacks[key] = stack
-        return stack, slice(min(entries), max(entries) + 1)
+                others = tuple(adapter for adapter in stacked if adapter not in adapters)
+            self._plans.clear()
+            self._stacks[key] = _Stack(adapters + others, dtype, ComputeForms(self.forms.kept))
+            entries = range(len(adapters))
+        return self._stacks[key], slice(entries[0], entries[-1] + 1)
 
 
 def forms_of(prepared: PreparedWeights | None) -> ComputeForms:

@@ -31,42 +31,25 @@ TokensOf = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class StackedWeights(ABC):
-    """Weights that lie adapter by adapter, of which some can be taken and others put behind."""
+    """Weights that lie adapter by adapter."""
 
     stacked_fields: ClassVar[tuple[str, ...]]
     """Fields with something of each adapter; the rest is the same for all."""
 
-    def take(self, entries: slice | Sequence[int]) -> Any:
-        """Return the stack of some adapters; of those in a slice it is a view."""
-        return _change_entries(lambda values: _take_entries(values, entries), self)
-
-    def followed_by(self, more: Any) -> Any:
-        return _change_entries(_append_entries, self, more)
+    def take(self, entries: slice) -> Any:
+        """Return a view of the stack: adapters that lie behind one another."""
+        taken = {name: _take(getattr(self, name), entries) for name in self.stacked_fields}
+        return replace(self, **taken)
 
 
-def _change_entries(change: Callable[..., Any], *stacks: Any) -> Any:
-    """Change what lies entry by entry in stacks of like adapters: all have it, or none has."""
-    first = stacks[0]
-    if first is None:
+def _take(values: Any, entries: slice) -> Any:
+    if values is None:
         return None
-    if isinstance(first, Mapping):
-        return {key: _change_entries(change, *(stack[key] for stack in stacks)) for key in first}
-    if not isinstance(first, StackedWeights):
-        return change(*stacks)
-    fields = {}
-    for name in first.stacked_fields:
-        fields[name] = _change_entries(change, *(getattr(stack, name) for stack in stacks))
-    return replace(first, **fields)
-
-
-def _append_entries(first: Any, second: Any) -> Any:
-    return torch.cat([first, second]) if isinstance(first, Tensor) else (*first, *second)
-
-
-def _take_entries(values: Any, entries: slice | Sequence[int]) -> Any:
-    if isinstance(values, Tensor) or isinstance(entries, slice):
-        return values[entries]
-    return tuple(values[entry] for entry in entries if values)  # none has any, or all have
+    if isinstance(values, Mapping):
+        return {key: _take(value, entries) for key, value in values.items()}
+    if isinstance(values, StackedWeights):
+        return values.take(entries)
+    return values[entries]
 
 
 @dataclass(frozen=True)
