@@ -16,7 +16,7 @@ from loraloom.adapters import CONFIGS
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.experts import RouterLossConfig
 from loraloom.formats.files import describe
-from loraloom.host.host import HiddenOutput, Host
+from loraloom.host.host import Host, HostOutput
 from loraloom.host.stacked_forward import StackedForward
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
@@ -93,7 +93,7 @@ def assert_same_routing(
             assert torch.equal(*values) if exactly else torch.allclose(*values, rtol=1e-9)
 
 
-def summed_loss(host: Host, out: HiddenOutput, ids: Tensor, mask: Tensor) -> Tensor:
+def summed_loss(host: Host, out: HostOutput, ids: Tensor, mask: Tensor) -> Tensor:
     """Add up what each real token says of its own id, and all router losses."""
     real = mask.bool()
     loss = host.token_losses(out.last_hidden_state[real], ids[real]).sum()

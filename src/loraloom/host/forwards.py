@@ -73,13 +73,14 @@ class ForwardRequest:
 
 @dataclass(frozen=True)
 class HostOutput:
-    """The result of a forward: logits, [B, L, V], and if requested the cache and the loss.
+    """The result of a forward: logits or states, and if requested the cache and the loss.
 
     `routing` lists, for each mixture by name, the decisions of each router for real tokens, sorted
     by the scales of the rows. In training, `samples` names the sample of each of these tokens.
     """
 
-    logits: Tensor
+    logits: Any = None  # [B, L, V], of a call of the host
+    last_hidden_state: Any = None  # after the final norm, [B, L, D], of `Host.hidden`
     past_key_values: Any = None
     loss: Tensor | None = None
     routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
@@ -88,39 +89,14 @@ class HostOutput:
     @classmethod
     def of(cls, output: Any, forward: ForwardContext) -> "HostOutput":
         return cls(
-            logits=output.logits,
-            past_key_values=_cache_of(output),
+            logits=output.get("logits"),
+            last_hidden_state=output.get("last_hidden_state"),
+            # The cache's field changed its name within transformers 5.
+            past_key_values=output.get("cache", output.get("past_key_values")),
             loss=output.get("loss"),
             routing=forward.joined_routing(),
             samples=forward.samples(),
         )
-
-
-@dataclass(frozen=True)
-class HiddenOutput:
-    """The result of `Host.hidden`: states after the final norm, [B, L, D], else as HostOutput."""
-
-    last_hidden_state: Tensor
-    past_key_values: Any = None
-    routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
-    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, output: Any, forward: ForwardContext) -> "HiddenOutput":
-        return cls(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=_cache_of(output),
-            routing=forward.joined_routing(),
-            samples=forward.samples(),
-        )
-
-
-def _cache_of(output: Any) -> Any:
-    """Return the key-value cache, whose field changed its name within transformers 5."""
-    for name in ("cache", "past_key_values"):
-        if name in output.keys():  # noqa: SIM118
-            return output[name]
-    return None
 
 
 class ThreadState(threading.local):

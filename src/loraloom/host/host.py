@@ -6,7 +6,7 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
 from loraloom.host.choice import choose, padding_mask
 from loraloom.host.decoding import Decoding, Sessions
-from loraloom.host.forwards import ForwardRequest, Forwards, HiddenOutput, HostOutput
+from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput
 from loraloom.host.heads import Heads
 from loraloom.host.layout import RowAdapter, RowAdapters, SampleLengths, packed_rows
 from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows
@@ -309,10 +309,7 @@ class Host:
         request = ForwardRequest(
             input_ids, adapters, attention_mask, model_inputs, sample_keys, **self._mode(training)
         )
-        mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self.forwards.run(request) as (forward, inputs):
-            output = self.model(input_ids=input_ids, attention_mask=mask, **inputs)
-        return HostOutput.of(output, forward)
+        return self._run(self.model, request, attention_mask)
 
     def hidden(
         self,
@@ -324,7 +321,7 @@ class Host:
         sample_lengths: SampleLengths | None = None,
         training: bool | None = None,
         **model_inputs: Any,
-    ) -> HiddenOutput:
+    ) -> HostOutput:
         """Run rows up to the final norm; other arguments are those of a call of the host.
 
         Args:
@@ -346,10 +343,16 @@ class Host:
         request = ForwardRequest(
             input_ids, adapters, token_mask, model_inputs, sample_keys, sample_lengths, **mode
         )
-        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return self._run(self.forwards.run_decoder, request, attention_mask)
+
+    def _run(
+        self, compute: Callable[..., Any], request: ForwardRequest, attention_mask: Tensor | None
+    ) -> HostOutput:
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(self.device)
         with self.forwards.run(request) as (forward, inputs):
-            output = self.forwards.run_decoder(input_ids=input_ids, attention_mask=mask, **inputs)
-        return HiddenOutput.of(output, forward)
+            output = compute(input_ids=request.input_ids, attention_mask=attention_mask, **inputs)
+        return HostOutput.of(output, forward)
 
     def _mode(self, training: bool | None) -> dict[str, Any]:
         return {
@@ -358,7 +361,7 @@ class Host:
             "record": {},
         }
 
-    def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
+    def auxiliary_loss(self, output: HostOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.
 
         They are the routers' load-balance loss, z-loss or entropy, with their coefficients, and
