@@ -18,12 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
 
-# In float32 and wider, a gradient's sum over tokens is cut into parts, if there are many tokens; a
-# product with more columns is shared by threads anyway.
-NUM_PARTS = 4
-MIN_SPLIT_TOKENS = 512
-MAX_SPLIT_COLUMNS = 64
-
 # From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -70,37 +64,14 @@ class InputGroup:
         return InputGroup(self.A, sides)
 
 
-def product_over_tokens(
-    left: Float[Tensor, "T S"], right: Float[Tensor, "T O"]
-) -> Float[Tensor, "S O"]:
-    """Compute `left.T @ right`, the gradient of a weight."""
-    # A product of few rows is one thread's on a CPU, however long its sums are; the parts of a
-    # batched one are not. How many there are depends on no number of threads, nor do results.
-    if not _is_split(left):
-        return left.T @ right
-    num_tokens = len(left)
-    num_split = num_tokens // NUM_PARTS * NUM_PARTS
-    left_parts = left[:num_split].unflatten(0, (NUM_PARTS, -1))
-    right_parts = right[:num_split].unflatten(0, (NUM_PARTS, -1))
-    total = torch.bmm(left_parts.transpose(1, 2), right_parts).sum(0)
-    if num_split == num_tokens:
-        return total
-    return torch.addmm(total, left[num_split:].T, right[num_split:])
-
-
 def add_product_over_tokens_(
     total: Float[Tensor, "S O"], left: Float[Tensor, "T S"], right: Float[Tensor, "T O"]
 ) -> None:
     """Add `left.T @ right` to `total`, which may have a wider dtype."""
-    if total.dtype == left.dtype and not _is_split(left):
+    if total.dtype == left.dtype:
         total.addmm_(left.T, right)
     else:
-        total.add_(product_over_tokens(left, right))
-
-
-def _is_split(left: Tensor) -> bool:
-    is_narrow = left.dtype.itemsize > 2 and left.shape[1] <= MAX_SPLIT_COLUMNS
-    return left.device.type == "cpu" and is_narrow and len(left) >= MIN_SPLIT_TOKENS
+        total.add_(left.T @ right)
 
 
 class _DownProject(torch.autograd.Function):
@@ -124,7 +95,7 @@ class _DownProject(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = apply_keep_mask(grad @ lora_A, keep)
         if ctx.needs_input_grad[1]:
-            grad_A = product_over_tokens(grad, apply_keep_mask(hidden_states, keep))
+            grad_A = grad.T @ apply_keep_mask(hidden_states, keep)
         return grad_hidden, grad_A, None, None
 
 
@@ -165,7 +136,7 @@ class _AddLowRank(torch.autograd.Function):
         for span, low_rank, lora_B in zip(ctx.spans, low_ranks, up_projections, strict=True):
             grad_rows = rows[span]
             grads_low_rank.append(grad_rows @ lora_B.T)
-            grads_B.append(product_over_tokens(low_rank, grad_rows))
+            grads_B.append(low_rank.T @ grad_rows)
         return grad, None, *grads_low_rank, *grads_B
 
 
