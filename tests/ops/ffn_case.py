@@ -49,9 +49,6 @@ class FfnCase:
     dropout: FfnDropout
     num_experts: int
     norms: dict[str, Tensor]
-    rounds_rows: bool = False
-    is_switch: bool = False
-    """A token's only slot has a weight below one."""
 
     @property
     def adapted(self) -> list[str]:
@@ -63,9 +60,8 @@ class FfnCase:
 
     @property
     def routing_weights(self) -> Tensor:
-        """g: positive, summing to one over slots, or below; at padding all on the first slot."""
-        logits = self.leaves["slot_logits"]
-        weights = logits.sigmoid() if self.is_switch else logits.softmax(-1)
+        """g: positive, summing to one over slots; at padding all on the first slot."""
+        weights = self.leaves["slot_logits"].softmax(-1)
         first = torch.zeros_like(weights)
         first[:, 0] = 1
         return torch.where(self.selected[:, :1] >= 0, weights, first)
@@ -108,8 +104,6 @@ def make_case(
     dropout: float = 0.0,
     padding: Sequence[int] = (),
     decomposed: bool = False,
-    rounds_rows: bool = False,
-    is_switch: bool = False,
     features: int = F,
     rank: int = R,
 ) -> FfnCase:
@@ -141,8 +135,6 @@ def make_case(
         dropout=_masks(dropout, num_tokens, top_k, features),
         num_experts=num_experts,
         norms={name: values.detach() for name, values in norms.items()},
-        rounds_rows=rounds_rows,
-        is_switch=is_switch,
     )
 
 
@@ -152,7 +144,7 @@ def run(ffn: FfnFunction, case: FfnCase) -> Tensor:
     outputs = [_base(case, name, x) for name in SHAPES[case.shape][:-1]]
     routing = Routing(case.selected, case.routing_weights)
     hidden, finish = ffn(x, outputs, weights, routing, GATINGS[case.shape], case.dropout)
-    return finish(_base(case, "down", hidden, case.rounds_rows))
+    return finish(_base(case, "down", hidden))
 
 
 def dense_loop(case: FfnCase) -> Tensor:
@@ -204,7 +196,6 @@ def compute_form(case: FfnCase) -> FfnWeights:
         down_A=down_A,
         down=down,
         num_experts=case.num_experts,
-        base_combines=not case.rounds_rows,
         rank=case.rank,
         width=case.base["down"].shape[1],
     )
@@ -235,8 +226,6 @@ def _token(case: FfnCase, token: int) -> Tensor:
 
 def _linear(case: FfnCase, name: str, expert: int, x: Tensor, dropped: Tensor) -> Tensor:
     weight, bias = case.base[name], case.bias[name]
-    if name == "down" and case.rounds_rows:
-        x = bend(x)
     if expert < 0 or name not in case.adapted:
         return weight @ x + bias
     update = SCALING * case.leaves[f"{name}.B"][expert] @ case.leaves[f"{name}.A"][expert]
@@ -249,13 +238,8 @@ def _drop(values: Tensor, keep: Tensor | None, token: int, probability: float) -
     return values if keep is None else values * keep[token] / (1 - probability)
 
 
-def bend(rows: Tensor) -> Tensor:
-    """Stand in for a layer that rounds its rows: smooth, so that gradients can be compared."""
-    return rows + 0.3 * rows.square()
-
-
-def _base(case: FfnCase, name: str, x: Tensor, rounds_rows: bool = False) -> Tensor:
-    return (bend(x) if rounds_rows else x) @ case.base[name].T + case.bias[name]
+def _base(case: FfnCase, name: str, x: Tensor) -> Tensor:
+    return x @ case.base[name].T + case.bias[name]
 
 
 def _compute_B(lora_B: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from tests.ops.ffn_case import (
     GATINGS,
     SHAPES,
     FfnCase,
-    bend,
     compute_form,
     dense_loop,
     make_case,
@@ -48,8 +47,8 @@ class Recorder:
         self.selected = selected
 
 
-def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], Tensor, list[Recorder]]:
-    """Outputs, the rows that the base's output projection sees, and what routers chose."""
+def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], list[Recorder]]:
+    """Outputs, and what routers chose."""
     base, bias = cases[0].base, cases[0].bias
     x = torch.stack([case.leaves["x"] for case in cases])
     project = lambda name: x @ base[name].T + bias[name]  # noqa: E731
@@ -57,9 +56,8 @@ def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], Tensor, li
     recorders = [Recorder() for _ in cases]
     gating = GATINGS[cases[0].shape]
     rows, finish = stack(cases, routed=routed).step(x, outputs, gating, recorders.__getitem__)
-    hidden = bend(rows) if cases[0].rounds_rows else rows
-    output = finish(hidden @ base["down"].T + bias["down"])
-    return list(output.view(*x.shape[:2], output.shape[-1])), rows, recorders
+    output = finish(rows @ base["down"].T + bias["down"])
+    return list(output.view(*x.shape[:2], output.shape[-1])), recorders
 
 
 def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
@@ -75,14 +73,13 @@ def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
 
 
 @torch.no_grad()
-def check(cases: list[FfnCase], *, routed: bool = True) -> Tensor:
-    """Outputs are a dense loop's; returns the rows that the base's output projection sees."""
+def check(cases: list[FfnCase], *, routed: bool = True) -> None:
+    """Outputs are a dense loop's."""
     cases = follow_router(cases) if routed else cases
-    outputs, rows, recorders = run(cases, routed=routed)
+    outputs, recorders = run(cases, routed=routed)
     for output, case, recorder in zip(outputs, cases, recorders, strict=True):
         assert recorder.selected.equal(case.selected) if routed else recorder.selected is None
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
-    return rows
 
 
 @decomposed_or_not
@@ -102,13 +99,6 @@ def test_projections_without_experts_keep_their_base_output(shape, targets, deco
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
     check(cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed), routed=False)
-
-
-@decomposed_or_not
-@pytest.mark.parametrize(("shape", "targets"), [*PARTS, ("gated", None)])
-def test_a_base_that_rounds_rows_sees_slots_apart(shape, targets, decomposed):
-    options = {"targets": targets, "decomposed": decomposed, "rounds_rows": True}
-    assert len(check(cases_of_two_adapters(shape, **options))) == 2 * 2 * 5
 
 
 @torch.no_grad()

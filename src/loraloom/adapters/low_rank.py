@@ -182,7 +182,6 @@ def ffn_weights(
         num_experts=num_experts,
         rank=next(iter(projections.values())).num_columns // num_experts,
         width=block.output.in_features,
-        base_combines=block.output.is_linear_over_rows,
     )
 
 

@@ -31,7 +31,6 @@ class QuantizedWeight:
     linear: Any  # the layer; of a stack, the module through which torch reads the parameter
     kind: str
     read: Callable[[Any], Tensor]  # from that to W in floating point, as the base model stores it
-    is_linear_over_rows: bool = True
 
     def dequantized(self) -> Tensor:
         return self.read(self.linear)
@@ -114,11 +113,6 @@ class BaseProjection:
     @property
     def device(self) -> torch.device:
         return next(chain(self.linear.parameters(), self.linear.buffers())).device
-
-    @property
-    def is_linear_over_rows(self) -> bool:
-        """Whether W(x + y) = Wx + Wy."""
-        return self.quantized is None or self.quantized.is_linear_over_rows
 
     @property
     def squared_norms(self) -> Tensor:

@@ -178,13 +178,10 @@ def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
     if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Int8Params):
         if weight.dtype != torch.int8:
             return None
-        # Each row of the input has a scale too.
-        return QuantizedWeight(linear, "bitsandbytes int8", _from_8_bits, is_linear_over_rows=False)
+        return QuantizedWeight(linear, "bitsandbytes int8", _from_8_bits)
     is_torchao = torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
     if is_torchao and hasattr(weight, "dequantize"):
-        rounds_rows = getattr(weight, "act_quant_kwargs", None) is not None
-        kind = f"torchao {type(weight).__name__}"
-        return QuantizedWeight(linear, kind, _dequantized, is_linear_over_rows=not rounds_rows)
+        return QuantizedWeight(linear, f"torchao {type(weight).__name__}", _dequantized)
     if isinstance(weight, Tensor) and _is_computed_with(weight) and not is_torchao:
         return None
     return QuantizedWeight(linear, type(getattr(linear, "weight", linear)).__name__, _probed)

@@ -6,7 +6,7 @@ input projection that has its own A.
 `h_j = gating(gate + Δgate_e(j), up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`, where
 gating is `act(gate) ∘ up`, or another function of what the block's input projections make. The
 down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
-T rows whatever K is, unless a DoRA on it scales its rows for each expert or it rounds rows.
+T rows whatever K is, unless a DoRA on it scales its rows for each expert.
 `lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding) compute the same.
 
 Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
@@ -36,14 +36,11 @@ class FfnWeights:
     num_experts: int
     rank: int
     width: int  # F
-    # Whether the base's output projection is linear over rows, so that slots may be added up in
-    # front of it. LLM.int8's is not: it rounds each row by its largest value.
-    base_combines: bool = True
 
     @property
     def apart(self) -> bool:
         """Whether each slot goes through the base's output projection by itself."""
-        return (self.down is not None and self.down.row_scale is not None) or not self.base_combines
+        return self.down is not None and self.down.row_scale is not None
 
     @property
     def is_plain(self) -> bool:

@@ -89,25 +89,20 @@ class CombineSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
-        excess = None
-        if row_scale is not None:
-            excess = excess_rows(row_scale, output.dtype)
+        excess = excess_rows(row_scale, output.dtype)
         total = Total(slots, output.shape[1], output)
         unscaled = torch.empty_like(output)
         ordered = slots.by_place(slot_weights)
         for piece in slots.pieces(output.shape[1], output.dtype):
             rows = piece.take_slots(output)
             out = piece.take_slots(unscaled)
-            if piece.columns is None or lora_B is None:
+            if piece.columns is None:
                 value = out.copy_(rows)
             else:
                 rank_input = piece.take_rank(low_rank)
                 piece_B = piece.of_experts(lora_B)
-                if excess is None:
-                    value = torch.addmm(rows, rank_input, piece_B, out=out)
-                else:
-                    row_excess = piece.of_rows(excess)
-                    value, _ = decompose_rows(rows, rank_input, piece_B, row_excess, bias, out)
+                row_excess = piece.of_rows(excess)
+                value, _ = decompose_rows(rows, rank_input, piece_B, row_excess, bias, out)
             weight = None
             if ordered is not None:
                 weight = piece.take_slots(ordered)
@@ -120,8 +115,8 @@ class CombineSlots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         unscaled, low_rank, lora_B, excess, bias, slot_weights = ctx.saved_tensors
-        grads = None if lora_B is None else RankGradients(lora_B, torch.zeros_like(low_rank))
-        grad_scale = None if excess is None else zeros_for_gradient(excess[:-1])
+        grads = RankGradients(lora_B, torch.zeros_like(low_rank))
+        grad_scale = zeros_for_gradient(excess[:-1])
         ordered = ctx.slots.by_place(slot_weights)
         grad_weights = None if ordered is None else torch.empty_like(ordered)
         grad_output = torch.empty_like(unscaled)
@@ -131,7 +126,7 @@ class CombineSlots(torch.autograd.Function):
             weight = 1 if ordered is None else piece.take_slots(ordered)
             grad_bias = None
             is_adapted = piece.columns is not None
-            if grad_scale is not None and is_adapted:
+            if is_adapted:
                 # The bias is in what g multiplies, and not in what c does.
                 grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
                 if bias is not None:
@@ -143,12 +138,10 @@ class CombineSlots(torch.autograd.Function):
                     grad_weight = grad_weight + grad_bias
                 piece.take_slots(grad_weights).copy_(grad_weight)
             grad_rows = torch.mul(grad_rows, weight, out=piece.take_slots(grad_output))
-            if grads is not None and is_adapted:
+            if is_adapted:
                 grads.add(piece, piece.take_rank(low_rank), grad_rows)
-        grad_low_rank = None if grads is None else grads.low_rank
-        grad_B = None if grads is None else grads.lora_B
         grad_weights = ctx.slots.by_token(grad_weights)
-        return grad_output, grad_low_rank, grad_B, grad_scale, None, grad_weights, None
+        return grad_output, grads.low_rank, grads.lora_B, grad_scale, None, grad_weights, None
 
 
 class RankGradients:

@@ -97,14 +97,14 @@ def _finish(
     slots: Slots,
     output: Tensor,
 ) -> Any:
-    row_scale = None if down is None else down.row_scale
-    if slots.apart and (slots.routed or row_scale is not None):
-        lora_B, bias = (None, None) if down is None else (down.B, down.bias)
-        if slot_weights is not None:
-            slot_weights = slot_weights.to(output.dtype)
-        return CombineSlots.apply(output, down_rank, lora_B, row_scale, bias, slot_weights, slots)
     if down is None:
         return output
+    if down.row_scale is not None:
+        if slot_weights is not None:
+            slot_weights = slot_weights.to(output.dtype)
+        return CombineSlots.apply(
+            output, down_rank, down.B, down.row_scale, down.bias, slot_weights, slots
+        )
     # Autograd lets nobody write to one of several views, as the rows of a segment are.
     rows = output if output._base is None else output.clone()
     if slots.group is not None:

@@ -226,17 +226,17 @@ class StackedFfn(StackedWeights):
         if self.unweighted_bias is not None and slots is not None:
             excess: Any = sum(slots.weights)
             output = output + (excess.flatten(0, 1) - 1) * self.unweighted_bias
-        if down is not None and down_rank is not None:
-            if down.row_scale is None:
-                # In place: whoever gets the same tensor back need not join the cohorts' rows.
-                rows = output.view(len(down.B), -1, output.shape[-1])
-                rows.baddbmm_(down_rank.flatten(1, -2), down.B)
-            else:
-                rows = output.view(*rows_shape, output.shape[-1])
-                output = down.adapt(rows, down_rank, slots).flatten(0, -2)
-        if slots is None or not self.apart:
+        if down is None or down_rank is None:
             return output
-        return slots.combine(output.view(*rows_shape, output.shape[-1])).flatten(0, 1)
+        if down.row_scale is None:
+            # In place: whoever gets the same tensor back need not join the cohorts' rows.
+            rows = output.view(len(down.B), -1, output.shape[-1])
+            rows.baddbmm_(down_rank.flatten(1, -2), down.B)
+            return output
+        rows = down.adapt(output.view(*rows_shape, output.shape[-1]), down_rank, slots)
+        if slots is not None:
+            rows = slots.combine(rows)
+        return rows.flatten(0, 1)
 
 
 def _product(rows: Tensor, weights: Tensor) -> Tensor:
