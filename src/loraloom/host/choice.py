@@ -3,7 +3,7 @@
 Axes: B prompts, L tokens of the longest, T tokens of all, D hidden.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.routed.choice import MAX_PROMPT, Choice, choose_experts
 from loraloom.adapters.routed.method import prompt_router_of
@@ -121,24 +121,6 @@ def _batches_of(
         lengths = torch.tensor([len(ids_of_prompt) for ids_of_prompt in ids])
         mask = (lengths[:, None] > torch.arange(length)).long()
         yield indices, pad_sequence(ids, batch_first=True), mask
-
-
-def padding_mask(
-    input_ids: Tensor, defaults: GenerationConfig, settings: Mapping[str, Any]
-) -> Tensor | None:
-    """Infer the mask as transformers' `generate` does where it is passed none; None: all ones."""
-    pad = settings.get("pad_token_id")
-    eos = settings.get("eos_token_id")
-    for config in (settings.get("generation_config"), defaults):
-        if config is not None:
-            if pad is None:
-                pad = config.pad_token_id
-            if eos is None:
-                eos = config.eos_token_id
-    ends = eos if isinstance(eos, list) else [eos]
-    if pad is None or pad in ends:
-        return None
-    return input_ids.ne(pad).long()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from loraloom.errors import ModelError, names_in
 from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
-from loraloom.host.choice import choose, padding_mask
+from loraloom.host.choice import choose
 from loraloom.host.decoding import Decoding, Sessions
 from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput
 from loraloom.host.heads import Heads
@@ -440,12 +440,8 @@ class Host:
         Pad prompts, [B, L], on the left. Beams and returned sequences use the adapter of their
         row.
         """
-        mask = attention_mask
-        if mask is None:
-            mask = padding_mask(input_ids, self.model.generation_config, generate_kwargs)
-        request = ForwardRequest(input_ids=input_ids, adapters=adapters, mask=mask)
-        names = self.forwards.choices.resolve(request)
-        rows = Rows([None] if adapters is None else names)
+        self._registry.rows(adapters, len(input_ids))  # raises if they don't fit
+        rows = Rows([None] if adapters is None else list(adapters))
         with self.prepared(), self.outer_forward.of_rows(rows):
             return self.model.generate(
                 input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
