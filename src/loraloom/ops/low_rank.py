@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
 
@@ -150,24 +149,6 @@ def add_low_rank_(
     return _AddLowRank.apply(output, spans, *low_rank, *lora_B)  # pyright: ignore
 
 
-class _Decompose(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output, update, row_scale, bias):
-        excess = excess_of(row_scale, output.dtype)
-        value, rows = scale_rows(output, update, excess, bias)
-        ctx.save_for_backward(rows, excess)
-        ctx.scale_dtype = row_scale.dtype
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, excess = ctx.saved_tensors
-        grad_rows = torch.addcmul(grad, excess, grad)
-        grad_scale = (grad * rows).sum_to_size(excess.shape)
-        return grad_rows, grad_rows, grad_scale.to(ctx.scale_dtype), None
-
-
 def decompose(
     output: Float[Tensor, "*rows O"],
     update: Float[Tensor, "*rows O"],
@@ -175,8 +156,6 @@ def decompose(
     bias: Float[Tensor, " O"] | None,
 ) -> Float[Tensor, "*rows O"]:
     """`c ∘ (Wx + Δ) + b` of `Wx + b` and Δ (Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5)."""
-    if torch.is_grad_enabled():
-        return _Decompose.apply(output, update, row_scale, bias)  # pyright: ignore
     excess = excess_of(row_scale, output.dtype)
     value, _ = scale_rows(output, update, excess, bias)
     return value
