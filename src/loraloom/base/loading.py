@@ -48,15 +48,6 @@ _ADVICE = {
     "that the cache ($XDG_CACHE_HOME) has space for a copy",
     "hub": "check the name on huggingface.co, the network, and for gated models `hf auth login`",
 }
-# Why the hub doesn't give a model, by its client's errors.
-_REFUSALS = {
-    errors.EntryNotFoundError: "its repository on the Hub has no config.json; for an adapter, "
-    "pass its base model; for a .gguf file, download the file and pass its path",
-    errors.GatedRepoError: "the model is gated; accept its terms on the Hub and run "
-    "`hf auth login`",
-    errors.RepositoryNotFoundError: "it exists neither here nor as a public model on the "
-    "Hub; check the name, or run `hf auth login` for a private model",
-}
 
 
 @dataclass(frozen=True)
@@ -112,18 +103,13 @@ def _ask_hub(source: ModelSource) -> ModelSource:
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10.0)
         return source
-    except tuple(_REFUSALS) as error:
-        reason = next(text for kind, text in _REFUSALS.items() if isinstance(error, kind))
-    # Whatever the client's own HTTP library raises: no route, no name, a timeout.
+    # Whatever the client or its HTTP library raises: no such model, no route, a timeout.
     except Exception as error:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return replace(source, cached=True)
-        cause = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        reason = (
-            f"it is neither here nor in the Hub's cache, and the Hub cannot be reached ({cause}); "
-            "check the name and the network (HF_HUB_OFFLINE=1 disables access), or pass a directory"
-        )
-    raise ModelError(f"can't load {name}: {reason}")
+        text = " ".join(str(error).split())  # the client's has several lines
+        reason = text[:300].rstrip(" .") or type(error).__name__
+    raise ModelError(f"can't load {name}: {reason}; {_ADVICE['hub']}")
 
 
 def load_base_model(
