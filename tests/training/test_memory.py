@@ -115,7 +115,7 @@ def test_quantized_weights_take_what_is_predicted(quantization, changes, tmp_pat
     base = save_base(tmp_path, hidden_size=256, intermediate_size=512, **changes)
     model = build_base_model(base, "float32", "cpu", None)
     quantized, _ = load_base_model(base, "float32", quantization=quantization)
-    stored = {id(tensor): tensor for _, tensor in stored_weights(quantized)}
+    stored = {tensor.data_ptr(): tensor for _, tensor in stored_weights(quantized)}
     measured = sum(tensor.nbytes for tensor in stored.values())
     assert predict_weight_bytes(model, quantization) == pytest.approx(measured, rel=0.05)
 

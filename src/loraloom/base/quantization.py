@@ -243,22 +243,14 @@ def _in_4_bits(weight: Tensor) -> int:
 
 def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
-    linears = quantized_weights(model)
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in linears or name.endswith(".bias"):
-            yield name, parameter
-    for path, weight in linears.items():
-        for name, tensor in weight.linear.state_dict(prefix=f"{path}.").items():
-            # torchao's tensors have their numbers and scales inside.
-            if hasattr(tensor, "__tensor_flatten__"):
-                parts, _ = tensor.__tensor_flatten__()
-                for part in parts:
-                    yield f"{name}.{part}", getattr(tensor, part)
-            elif name != f"{path}.bias":
-                yield name, tensor.as_subclass(Tensor)
-        if isinstance(weight.linear, ParametrizationList):
-            scales = _scales(weight.linear).as_dict(packed=True)
-            yield from ((f"{path}.{name}", tensor) for name, tensor in scales.items())
+    for name, tensor in model.state_dict().items():
+        # torchao's tensors have their numbers and scales inside.
+        if hasattr(tensor, "__tensor_flatten__"):
+            inner_names, _ = tensor.__tensor_flatten__()
+            for inner_name in inner_names:
+                yield f"{name}.{inner_name}", getattr(tensor, inner_name)
+        else:
+            yield name, tensor.as_subclass(Tensor)
 
 
 class QuantizedLinear:
