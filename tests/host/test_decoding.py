@@ -5,11 +5,10 @@ import random
 import pytest
 import torch
 
-import loraloom
 from loraloom.errors import AdapterError, DataError
 from loraloom.host.decoding import Decoding
 from loraloom.host.host import Host
-from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids, tiny_model
+from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids
 
 NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
 LENGTHS = [7, 5, 3, 7, 6, 4]
@@ -88,21 +87,10 @@ def test_prompts_that_are_not_padded_on_the_left_are_refused(mask):
         tiny_host().prefill(tiny_ids(4), adapters="lora")
 
 
-GENERATED = ("llama", "phi", "gpt_neox", "gemma3_text")
-
-
 def alone(host, row: int, **kwargs):
     ids, mask = prompts()
     real = mask[row].bool()
     return host.generate(ids[row : row + 1, real], adapters=[NAMES[row]], **GREEDY | kwargs)
-
-
-@pytest.mark.parametrize("family", GENERATED)
-def test_without_adapters_it_is_the_base_models_generate(family):
-    model, (ids, mask) = tiny_model(family), prompts()
-    expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    host = loraloom.attach(model)
-    assert torch.equal(host.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("returned", [1, 2, 3])

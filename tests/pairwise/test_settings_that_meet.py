@@ -18,7 +18,7 @@ from torch import Tensor
 import loraloom
 from loraloom.host.host import Host
 from tests.conftest import build_tokenizer
-from tests.pairwise.cases import Case, pairs_of, pairwise
+from tests.pairwise.cases import Case, pairwise
 from tests.tiny import randomise, tiny_model
 from tests.training.running import pressing
 from tests.training.world import run_ranks
@@ -223,18 +223,6 @@ def directory(tmp_path_factory) -> Path:
         if run[2] != "two ranks":
             _train(directory, run)
     return directory
-
-
-def test_each_two_settings_meet():
-    met = {pair for case in CASES for pair in pairs_of(case)}
-    assert all(
-        (first, a, second, b) in met
-        for place, first in enumerate(FACTORS)
-        for second in list(FACTORS)[place + 1 :]
-        for a in FACTORS[first]
-        for b in FACTORS[second]
-        if {first: a, second: b} not in REFUSED
-    )
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
