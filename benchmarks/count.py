@@ -8,6 +8,9 @@ head, its loss and the optimizer are left out, as they cost the same in every ca
 bytes are those of its inputs and outputs, so that views are free; a card needs for it the time of
 its bytes or of its products, whichever is longer, or that of launching it.
 
+What loraloom compiles on accelerators is counted by TorchInductor's own figures: it is compiled for
+the CPU, with the same numbers of tokens and features, where kernels are cut much as on a card.
+
 Two checks of transformers, which read the mask of a forward once to see whether something is
 masked, are answered without data.
 
@@ -17,10 +20,11 @@ masked, are answered without data.
 from __future__ import annotations
 
 import argparse
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +32,7 @@ from unittest.mock import patch
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
@@ -42,6 +46,7 @@ from benchmarks.cases import (
     print_figures,
 )
 from loraloom.host.host import Host
+from loraloom.ops import fused, slot_pieces
 
 
 @dataclass(frozen=True)
@@ -165,9 +170,56 @@ def count_model(make_step: Callable[[nn.Module], Callable[[], object]], shape: S
 
 def _count(step: Callable[[], object]) -> Count:
     counter = _Counter()
-    with without_reads(), counter:
+    with (
+        without_reads(),
+        patch.object(fused, "COMPILED_FOR", ("meta",)),
+        patch.object(fused, "compiled", counter.compiled),
+        counter,
+    ):
         step()
     return counter.count()
+
+
+_inductor_costs: dict[Any, tuple[int, int]] = {}
+
+
+def inductor_cost(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[int, int]:
+    """Give the bytes that a compiled function moves, and its kernels."""
+    # which takes a second, and warns
+    from torch._inductor import config, metrics
+    from torch._inductor.fx_passes import post_grad
+
+    arguments = [_on_cpu(argument) for argument in arguments]
+    key = (function, str(arguments))  # of zeros, so that it says sizes and settings
+    if key not in _inductor_costs:
+        torch._dynamo.reset()
+        metrics.reset()
+        # Bytes are counted for this log alone.
+        logger = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        with (
+            patch.object(slot_pieces, "_piece_rows", lambda width, dtype: 1 << 40),
+            config.patch(fx_graph_cache=False),
+            patch.object(post_grad, "is_gpu", lambda kind: True),  # which decides how sums fuse
+        ):
+            torch.compile(function, fullgraph=True)(*arguments)
+        _inductor_costs[key] = metrics.num_bytes_accessed, metrics.generated_kernel_count
+    return _inductor_costs[key]
+
+
+def _on_cpu(value: Any) -> Any:
+    """Replace tensors without data by zeros."""
+    if isinstance(value, Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype)
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_on_cpu(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {field.name: _on_cpu(getattr(value, field.name)) for field in fields(value)}
+        return replace(value, **changes)
+    return value
 
 
 def make_model(shape: Shape) -> nn.Module:
@@ -243,6 +295,7 @@ class _Counter(TorchDispatchMode):
         self._operations = self._bytes = self._flops = 0.0
         self._live = self._peak = 0.0
         self._known: set[int] = set()
+        self._is_fused = False
         self._seconds = dict.fromkeys(CARDS, 0.0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -251,11 +304,37 @@ class _Counter(TorchDispatchMode):
         inputs = _tensors((args, kwargs))
         self._note_alive(inputs, counts=False)  # the weights: what was made here is known
         output = function(*args, **kwargs)
+        if self._is_fused:
+            formula = flop_registry.get(function._overloadpacket)
+            if formula is not None:  # a product, which stays an operation of its own
+                self._flops += formula(*args, **kwargs, out_val=output)
+                self._operations += 1.0
+            return output
         results = _tensors(output)
         self._note_alive(results)
         if not function.is_view and not function._schema.name.startswith("aten::empty"):
             self._add(function, args, kwargs, output, [*inputs, *results])
         return output
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Count a function as TorchInductor compiles it."""
+
+        def call(*arguments: Any) -> Any:
+            flops = self._flops
+            self._is_fused = True
+            output = function(*arguments)
+            self._is_fused = False
+            self._note_alive(_tensors(output))
+            with _disable_current_modes():
+                moved, num_kernels = inductor_cost(function, arguments)
+            self._operations += num_kernels
+            self._bytes += moved
+            for name, card in CARDS.items():
+                needed = (self._flops - flops) / card.flops
+                self._seconds[name] += max(moved / card.bandwidth, needed)
+            return output
+
+        return call
 
     def count(self) -> Count:
         """Return what was counted."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
+from loraloom.ops.fused import fused_on_accelerators, without_graph
 from loraloom.ops.low_rank import add_product_over_tokens_, decompose_rows, excess_of
 from loraloom.ops.slot_pieces import Piece, Slots, Total
 
@@ -90,58 +91,85 @@ class CombineSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
         excess = excess_rows(row_scale, output.dtype)
-        total = Total(slots, output.shape[1], output)
-        unscaled = torch.empty_like(output)
-        ordered = slots.by_place(slot_weights)
-        for piece in slots.pieces(output.shape[1], output.dtype):
-            rows = piece.take_slots(output)
-            out = piece.take_slots(unscaled)
-            if piece.columns is None:
-                value = out.copy_(rows)
-            else:
-                rank_input = piece.take_rank(low_rank)
-                piece_B = piece.of_experts(lora_B)
-                row_excess = piece.of_rows(excess)
-                value, _ = decompose_rows(rows, rank_input, piece_B, row_excess, bias, out)
-            weight = None
-            if ordered is not None:
-                weight = piece.take_slots(ordered)
-            total.add(piece, value, weight)
+        tensors = without_graph([output, low_rank, lora_B, excess, bias, slot_weights])
+        total, unscaled = _combine(*tensors, slots)  # pyright: ignore
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)
         ctx.slots = slots
-        return total.value
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        unscaled, low_rank, lora_B, excess, bias, slot_weights = ctx.saved_tensors
-        grads = RankGradients(lora_B, torch.zeros_like(low_rank))
-        grad_scale = zeros_for_gradient(excess[:-1])
-        ordered = ctx.slots.by_place(slot_weights)
-        grad_weights = None if ordered is None else torch.empty_like(ordered)
-        grad_output = torch.empty_like(unscaled)
-        for piece in ctx.slots.pieces(grad.shape[1], grad.dtype):
-            rows = piece.take_slots(unscaled)
-            upstream = grad_rows = piece.take(grad)
-            weight = 1 if ordered is None else piece.take_slots(ordered)
-            grad_bias = None
-            is_adapted = piece.columns is not None
-            if is_adapted:
-                # The bias is in what g multiplies, and not in what c does.
-                grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
-                if bias is not None:
-                    grad_bias = upstream @ bias[:, None]
-                piece.add_row_scale(grad_scale, upstream * rows * weight)
-            if grad_weights is not None:
-                grad_weight = (grad_rows * rows).sum(-1, keepdim=True)
-                if grad_bias is not None:
-                    grad_weight = grad_weight + grad_bias
-                piece.take_slots(grad_weights).copy_(grad_weight)
-            grad_rows = torch.mul(grad_rows, weight, out=piece.take_slots(grad_output))
-            if is_adapted:
-                grads.add(piece, piece.take_rank(low_rank), grad_rows)
-        grad_weights = ctx.slots.by_token(grad_weights)
-        return grad_output, grads.low_rank, grads.lora_B, grad_scale, None, grad_weights, None
+        gradients = _combine_gradients(grad, *ctx.saved_tensors, ctx.slots)  # pyright: ignore
+        grad_output, grad_low_rank, grad_B, grad_scale, grad_weights = gradients
+        return grad_output, grad_low_rank, grad_B, grad_scale, None, grad_weights, None
+
+
+@fused_on_accelerators
+def _combine(
+    output: Tensor,
+    low_rank: Tensor,
+    lora_B: Tensor,
+    excess: Tensor,
+    bias: Tensor | None,
+    slot_weights: Tensor | None,
+    slots: Slots,
+) -> tuple[Tensor, Tensor]:
+    total = Total(slots, output.shape[1], output)
+    unscaled = torch.empty_like(output)
+    ordered = slots.by_place(slot_weights)
+    for piece in slots.pieces(output.shape[1], output.dtype):
+        rows = piece.take_slots(output)
+        out = piece.take_slots(unscaled)
+        if piece.columns is None:
+            value = out.copy_(rows)
+        else:
+            rank_input = piece.take_rank(low_rank)
+            piece_B = piece.of_experts(lora_B)
+            row_excess = piece.of_rows(excess)
+            value, _ = decompose_rows(rows, rank_input, piece_B, row_excess, bias, out)
+        weight = None if ordered is None else piece.take_slots(ordered)
+        total.add(piece, value, weight)
+    return total.value, unscaled
+
+
+@fused_on_accelerators
+def _combine_gradients(
+    grad: Tensor,
+    unscaled: Tensor,
+    low_rank: Tensor,
+    lora_B: Tensor,
+    excess: Tensor,
+    bias: Tensor | None,
+    slot_weights: Tensor | None,
+    slots: Slots,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    grads = RankGradients(lora_B, torch.zeros_like(low_rank))
+    grad_scale = zeros_for_gradient(excess[:-1])
+    ordered = slots.by_place(slot_weights)
+    grad_weights = None if ordered is None else torch.empty_like(ordered)
+    grad_output = torch.empty_like(unscaled)
+    for piece in slots.pieces(grad.shape[1], grad.dtype):
+        rows = piece.take_slots(unscaled)
+        upstream = grad_rows = piece.take(grad)
+        weight = 1 if ordered is None else piece.take_slots(ordered)
+        grad_bias = None
+        is_adapted = piece.columns is not None
+        if is_adapted:
+            # The bias is in what g multiplies, and not in what c does.
+            grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
+            if bias is not None:
+                grad_bias = upstream @ bias[:, None]
+            piece.add_row_scale(grad_scale, upstream * rows * weight)
+        if grad_weights is not None:
+            grad_weight = (grad_rows * rows).sum(-1, keepdim=True)
+            if grad_bias is not None:
+                grad_weight = grad_weight + grad_bias
+            piece.take_slots(grad_weights).copy_(grad_weight)
+        grad_rows = torch.mul(grad_rows, weight, out=piece.take_slots(grad_output))
+        if is_adapted:
+            grads.add(piece, piece.take_rank(low_rank), grad_rows)
+    return grad_output, grads.low_rank, grads.lora_B, grad_scale, slots.by_token(grad_weights)
 
 
 class RankGradients:

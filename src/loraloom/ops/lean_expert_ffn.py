@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.fused import fused_on_accelerators, plus_product, without_graph
 from loraloom.ops.gating import Gating, gate_with_gradients
 from loraloom.ops.grouped_products import (
     CombineSlots,
@@ -185,7 +186,12 @@ class _Projection:
         self.low_rank = None if low_rank is None else low_rank[:, side.columns]
         self.excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
 
-    def rows(self, piece: Piece, *, is_forward: bool = False) -> _Rows:
+    def add_update_(self) -> None:
+        """Add the update to the base's output where all tokens have one expert without DoRA."""
+        if self.low_rank is not None and self.excess is None and not self.is_routed:
+            self.output.addmm_(self.low_rank, self.lora_B)
+
+    def rows(self, piece: Piece) -> _Rows:
         output = piece.take(self.output)
         if self.low_rank is None or piece.columns is None:
             return _Rows(output, output)
@@ -198,13 +204,66 @@ class _Projection:
                 output, rank_input, lora_B, excess, self.side.bias, out
             )
             return _Rows(value, unscaled, rank_input, excess)
-        if not self.is_routed:  # the update stays in the base's output
-            value = output.addmm_(rank_input, lora_B) if is_forward else output
+        if not self.is_routed:  # the update is in the base's output
+            value = output
         elif piece.owns_rows:
             value = output.addmm_(rank_input, lora_B)
         else:
-            value = torch.addmm(output, rank_input, lora_B)
+            value = plus_product(output, rank_input, lora_B)
         return _Rows(value, value, rank_input)
+
+
+@fused_on_accelerators
+def _forward(
+    like: Tensor, block: _Block, tensors: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the hidden states, and the rank-space input of the down update, weighted and not."""
+    slots = block.slots
+    projections = block.projections(tensors)
+    keep_slots = block.keep_slots(tensors)
+    down_A = tensors["down_A"]
+    slot_weights = slots.by_place(tensors["slot_weights"])
+    total = Total(slots, block.width, like)
+    apart = like.new_empty(slots.experts.numel(), block.width) if slots.apart else None
+    # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
+    unweighted: Any = None
+    weighted: Any = None
+    if down_A is not None:
+        unweighted = weighted = slots.new_rank_space(like)
+        if slot_weights is not None:
+            weighted = torch.zeros_like(unweighted)
+    for piece in slots.pieces(block.width, like.dtype):
+        rows = [projection.rows(piece) for projection in projections]
+        states = block.gating(*(row.value for row in rows))
+        weight = None if slot_weights is None else piece.take_slots(slot_weights)
+        if down_A is not None and piece.columns is not None:
+            dropped = piece.drop(states, keep_slots)
+            down_rank = block.scale(piece.keep_rank(dropped @ piece.of_experts(down_A).T))
+            piece.add_rank(unweighted, down_rank)
+            if weight is not None:
+                piece.add_rank(weighted, down_rank * weight)
+        if apart is not None:
+            piece.take_slots(apart).copy_(states)
+        elif weight is not None and piece.owns_rows:
+            total.add(piece, states.mul_(weight))
+        else:
+            total.add(piece, states, weight)
+    return total.value if apart is None else apart, weighted, unweighted
+
+
+@fused_on_accelerators
+def _backward(
+    grad_hidden: Tensor,
+    grad_down: Tensor,
+    block: _Block,
+    tensors: Mapping[str, Any],
+    unweighted: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """Return the gradients by the names of the tensors."""
+    backward = _Backward(block, tensors, unweighted)
+    for piece in block.slots.pieces(block.width, grad_hidden.dtype):
+        backward.accumulate(piece, grad_hidden, grad_down)
+    return backward.gradients()
 
 
 class _LeanFfn(torch.autograd.Function):
@@ -228,52 +287,21 @@ class _LeanFfn(torch.autograd.Function):
     def forward(ctx, block, *inputs):
         # Segments are views of one tensor: with its version counter, each one's update would
         # invalidate what the others have saved.
-        tensors = block.by_name(inputs)
-        for name in block.output_names:
-            tensors[name] = tensors[name].data
-        slots = block.slots
-        projections = block.projections(tensors)
-        keep_slots = block.keep_slots(tensors)
-        down_A = tensors["down_A"]
-        slot_weights = slots.by_place(tensors["slot_weights"])
-        like = projections[0].output
-        total = Total(slots, block.width, like)
-        apart = like.new_empty(slots.experts.numel(), block.width) if slots.apart else None
-        # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
-        unweighted = None if down_A is None else slots.new_rank_space(like)
-        weighted = unweighted
-        if unweighted is not None and slot_weights is not None:
-            weighted = torch.zeros_like(unweighted)
-        for piece in slots.pieces(block.width, like.dtype):
-            rows = [projection.rows(piece, is_forward=True) for projection in projections]
-            states = block.gating(*(row.value for row in rows))
-            weight = None if slot_weights is None else piece.take_slots(slot_weights)
-            if down_A is not None and piece.columns is not None:
-                dropped = piece.drop(states, keep_slots)
-                down_rank = block.scale(piece.keep_rank(dropped @ piece.of_experts(down_A).T))
-                piece.add_rank(unweighted, down_rank)
-                if weight is not None:
-                    piece.add_rank(weighted, down_rank * weight)
-            if apart is not None:
-                piece.take_slots(apart).copy_(states)
-            elif weight is not None and piece.owns_rows:
-                total.add(piece, states.mul_(weight))
-            else:
-                total.add(piece, states, weight)
+        tensors = block.by_name(without_graph(inputs))
+        for projection in block.projections(tensors):
+            projection.add_update_()
+        hidden, weighted, unweighted = _forward(tensors["output 0"], block, tensors)
         ctx.block = block
         ctx.save_for_backward(*tensors.values(), unweighted)
-        hidden = total.value if apart is None else apart
-        return hidden, like.new_empty(0) if weighted is None else weighted
+        return hidden, hidden.new_empty(0) if weighted is None else weighted
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
         *inputs, unweighted = ctx.saved_tensors
         block = ctx.block
-        backward = _Backward(block, block.by_name(inputs), unweighted)
-        for piece in block.slots.pieces(block.width, grad_hidden.dtype):
-            backward.accumulate(piece, grad_hidden, grad_down)
-        gradients = backward.gradients()
+        tensors = block.by_name(inputs)
+        gradients = _backward(grad_hidden, grad_down, block, tensors, unweighted)
         return None, *(gradients.get(name) for name in block.names)
 
 
@@ -350,9 +378,9 @@ class _Backward:
         add_product_over_tokens_(piece.of_experts(self._grad_down_A), grad_rank, dropped)
         if dropped is not states:
             return upstream + piece.drop(grad_rank @ down_A, self._keep_slots)
-        if is_weighted:
+        if is_weighted and piece.owns_rows:
             return upstream.addmm_(grad_rank, down_A)
-        return torch.addmm(upstream, grad_rank, down_A)
+        return plus_product(upstream, grad_rank, down_A)
 
 
 class _Gradients:

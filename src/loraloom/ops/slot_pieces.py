@@ -43,11 +43,12 @@ class Piece:
 
     rows: Any  # their tokens, a slice; [t] where they are gathered
     slots: Any  # theirs, one or [t]
-    slot_rows: slice  # among the rows of all slots, [K·T, ...]
+    slot_rows: slice | None  # among the rows of all slots, [K·T, ...]; None: all of its slot
     experts: Tensor  # of each, [t]; -1 for the base's own output
     columns: Any  # a slice, those of their experts among all, S; None without an expert
     rank: int
     slot_mask: Tensor | None = None  # of a masked piece with several experts, [t, S]
+    num_slots: int = 1  # K
     has_all_rows: bool = False  # all tokens, in their only slot
 
     @property
@@ -103,7 +104,7 @@ class Piece:
         return apply_keep_mask(values, torch.cat(keep))
 
     @property
-    def _rank_rows(self) -> slice:
+    def _rank_rows(self) -> Any:
         """Rows of rank space: [T, S], all slots' in one, or [K·T, W] where they are gathered."""
         return self.slot_rows if self.owns_rows else self.rows
 
@@ -127,6 +128,8 @@ class Piece:
 
     def take_slots(self, values: Tensor) -> Tensor:
         """See the piece's rows of [K·T, ...]."""
+        if self.slot_rows is None:
+            return values.unflatten(0, (self.num_slots, -1))[self.slots]
         return values[self.slot_rows]
 
     def of_experts(self, weights: Tensor) -> Tensor:
@@ -154,13 +157,18 @@ class Piece:
         return slice(self.columns.start // self.rank, self.columns.stop // self.rank)
 
 
+def has_cache(device: torch.device) -> bool:
+    """Whether a piece stays in a processor's cache, and nobody waits for a device."""
+    return device.type == "cpu"
+
+
 def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype) -> int | None:
     """How many experts a group has; None where masks over all experts do as well."""
     # In 16 bits, groups are as wide as multiplies for the price of one column, and pay where all
     # experts are much wider. In 32 every column costs: groups are as narrow as their rows allow.
     num_slots = experts.numel()
     is_narrow = dtype.itemsize <= 2
-    if experts.device.type != "cpu" or num_slots < MIN_SORTED_SLOTS:
+    if not has_cache(experts.device) or num_slots < MIN_SORTED_SLOTS:
         return None  # on an accelerator, nothing may wait for the counts
     if num_experts == 1 or (is_narrow and num_experts * rank < 4 * GROUP_COLUMNS):
         return None
@@ -208,20 +216,27 @@ def masked_pieces(
 ) -> Iterator[Piece]:
     """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another."""
     num_slots, num_tokens = experts.shape
-    step = longest if experts.device.type == "cpu" else max(1, num_tokens)
-    for start in range(0, num_tokens, step):
-        rows = slice(start, min(start + step, num_tokens))
+    # All tokens at once on an accelerator, where one kernel is compiled for any number of them.
+    blocks = [slice(None)]
+    if has_cache(experts.device):
+        starts = range(0, num_tokens, longest)
+        blocks = [slice(start, min(start + longest, num_tokens)) for start in starts]
+    for rows in blocks:
         for slot in range(num_slots):
-            first = slot * num_tokens
+            slot_rows = None
+            if rows.stop is not None:
+                first = slot * num_tokens
+                slot_rows = slice(first + rows.start, first + rows.stop)
             yield Piece(
                 rows=rows,
                 slots=slot,
-                slot_rows=slice(first + rows.start, first + rows.stop),
+                slot_rows=slot_rows,
                 experts=experts[slot, rows],
                 columns=slice(0, num_columns),
                 rank=rank,
                 slot_mask=None if masks is None else masks[slot, rows],
-                has_all_rows=num_slots == 1 and rows == slice(0, num_tokens),
+                num_slots=num_slots,
+                has_all_rows=num_slots == 1 and len(blocks) == 1,
             )
 
 
