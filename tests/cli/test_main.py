@@ -28,7 +28,6 @@ UNNEEDED = {
     "report RUNS --output page.html": NO_TORCH,
     "config show RUN.yaml": NO_TRANSFORMERS,
     "inspect RUNS/lora": NO_TRANSFORMERS,
-    "convert RUNS/lora peft --to peft": NO_TRANSFORMERS,
     "data show RUN.yaml": NO_MODEL,
 }
 """Command -> modules that it doesn't import, in an order in which each may import more."""

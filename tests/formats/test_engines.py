@@ -10,6 +10,7 @@ from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
 from loraloom.cli.main import main
 from loraloom.errors import AdapterError, FormatError
 from loraloom.exports.converting import Program, convert
+from tests.formats.tiny import name_base
 from tests.tiny import relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(2)
@@ -28,6 +29,7 @@ UNEVEN = LoraConfig(
 def converted(tmp_path, family: str, config: AdapterConfig, to: Program):
     host = tiny_host(family, {"a": config}, torch.float32)
     host.save("a", tmp_path / "a")
+    name_base(tmp_path / "a", host)
     convert(tmp_path / "a", tmp_path / to, to)
     return host, load_file(tmp_path / to / "adapter_model.safetensors")
 
@@ -123,5 +125,6 @@ def test_what_an_engine_lacks_is_refused(family, config, message, tmp_path):
 def test_the_command_refuses_a_mixture(tmp_path, capsys):
     host = tiny_host("llama", {"a": MixLoraConfig(rank=2, num_experts=2)}, torch.float32)
     host.save("a", tmp_path / "a")
+    name_base(tmp_path / "a", host)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "sglang"]) == 2
     assert "SGLang 0.5.23 does not load MixLoRA; serve" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from torch import Tensor
 from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
 from loraloom.base.blocks import BaseInfo, BlockInfo
 from loraloom.formats import write_adapter
+from loraloom.host.host import Host
 
 LORA, MIXTURE = LoraConfig(rank=2), MixLoraConfig(rank=2, num_experts=2)
 
@@ -76,6 +77,13 @@ def edit_config(directory: Path, **changes) -> None:
     """Change fields of an adapter's configuration on disk."""
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def name_base(directory: Path, host: Host) -> None:
+    """Save the configuration of an adapter's base model, and name it in the adapter's files."""
+    base = directory.with_name("base")
+    host.model.config.save_pretrained(base)
+    edit_config(directory, base_model_name_or_path=str(base))
 
 
 def forget_settings(directory: Path) -> None:

@@ -4,8 +4,7 @@ Axes: T tokens, I in_features, O out_features, F feed-forward, E experts of the 
 S columns of an A product, R rank.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -322,35 +321,6 @@ def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
 def _shape(base: BaseProjection) -> tuple[int, ...]:
     shape = (base.out_features, base.in_features)
     return shape if base.num_experts is None else (base.num_experts, *shape)
-
-
-def guess_blocks(
-    shapes: Mapping[str, tuple[int, ...]],
-    layers: Mapping[str, Sequence[int]],
-    gated: Collection[str],
-) -> tuple[BlockInfo, ...]:
-    """Describe blocks of a base model that isn't loaded, by the paths of adapted projections.
-
-    Args:
-        shapes: (out_features, in_features) by path in a layer, as `mlp.up_proj`, behind a number
-            of experts where these are stacked.
-        layers: The decoder layers that have each projection.
-        gated: Paths of blocks that are known to be FFN blocks.
-    """
-    by_block = defaultdict[tuple[str, tuple[int, ...]], dict[str, tuple[int, ...]]](dict)
-    for path, shape in shapes.items():
-        block, _, name = path.rpartition(".")
-        by_block[block, tuple(sorted(layers[path]))][name] = shape
-    infos = []
-    for (path, indices), shapes_of_block in by_block.items():
-        if any(len(shape) == 3 for shape in shapes_of_block.values()):
-            kind = "experts"
-        elif [*shapes_of_block] == ["moe"]:
-            kind = "moe"
-        else:
-            kind = "ffn" if path in gated or "att" not in path else "attention"
-        infos.append(BlockInfo(path, kind, (tuple(shapes_of_block),), shapes_of_block, indices))
-    return tuple(infos)
 
 
 @dataclass(frozen=True)

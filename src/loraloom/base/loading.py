@@ -188,11 +188,6 @@ def build_base_model(
     if source.kind == "hub":
         source = _ask_hub(source)
     checkpoint = _read_config(source)
-    if checkpoint.get("quantization_config") is not None:
-        raise ModelError(
-            f"--dry-run does not support quantized checkpoints, got {name}; pass the model in "
-            "floating point, and set quantization"
-        )
     # A card that this machine lacks computes in bfloat16, as the meta device.
     is_here = device in ("auto", "cpu") or count_devices(torch.device(device).type) > 0
     run_device = find_device(device) if is_here else torch.device("meta")

@@ -1,4 +1,4 @@
-"""`loraloom inspect` and `loraloom convert`: an adapter's files, without its base model."""
+"""`loraloom inspect` and `loraloom convert`: an adapter's files, without its base weights."""
 
 import json
 from functools import reduce
@@ -63,8 +63,8 @@ def convert(
             (reference), vLLM 0.33 (vllm) or SGLang 0.5.23 (sglang; both: LoRA, also on experts).
         overrides: Set a setting that the files lack or that you want to change, PATH=VALUE:
             top_k=2 or experts.alpha=32. Repeatable.
-        base_model: Check that the adapter fits this base model. Required for VeRA, extra modules
-            and tokens, and for a DoRA whose files contain no magnitudes.
+        base_model: Check that the adapter fits this base model. Required if the base model that the
+            files name is not there, and for a DoRA whose files contain no magnitudes.
     """
     settings: dict[str, Any] = reduce(apply_override, overrides, {})
     host = None

@@ -16,11 +16,11 @@ from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
 from loraloom.adapters.lora import LoraConfig
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
-from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.errors import AdapterError, ConfigError, ModelError, shown
 from loraloom.formats.engines import engine_files, with_all_experts
 from loraloom.formats.fields import check_reference_holds
-from loraloom.formats.files import base_of_tensors, fit_to_base, model_card, read_stored
-from loraloom.formats.layouts import render
+from loraloom.formats.files import fit_to_base, model_card, read_stored
+from loraloom.formats.layouts import StoredAdapter, render
 from loraloom.formats.raw_files import find_adapter, write_new
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def convert(
         to: Layout to write: `native` as `Host.save`, `peft`, `reference` for MoE-PEFT, `vllm` or
             `sglang`.
         settings: Settings of the method, as in `Host.load`.
-        host: Base model of the adapter, to check that they fit. Required for VeRA,
-            for extra modules and tokens, and if files lack the magnitudes of a DoRA.
+        host: Base model of the adapter. Required if files lack the magnitudes of a DoRA, and if the
+            base model that they name is neither at that path nor on the Hub.
 
     Raises:
         FormatError: If the files cannot be read.
@@ -98,8 +98,30 @@ def _read(
             config = config.model_copy(update={"layers": None})
         return config, adapter.tensors(), host.base, adapter.prompt
     stored = read_stored(find_adapter(source), settings)
-    base = base_of_tensors(stored)
+    base = _base_of(stored)
     config, tensors = fit_to_base(stored, base)
     if tensors.keys() != tensor_shapes(config, base).keys():
         raise AdapterError(f"{stored.source} contains no magnitudes; pass --base-model")
     return config, tensors, base, stored.prompt
+
+
+def _base_of(stored: StoredAdapter) -> BaseInfo:
+    """Describe the base model that an adapter's files name, by its configuration."""
+    # With transformers, which `inspect` does without.
+    from loraloom.base.loading import build_base_model
+    from loraloom.base.structure import read_structure
+
+    try:
+        model = build_base_model(stored.base.name_or_path or "", "float32", "cpu", None)
+    except ModelError as error:
+        raise AdapterError(
+            f"converting {stored.source} requires its base model's configuration, but {error}; "
+            "pass --base-model"
+        ) from error
+    return replace(
+        read_structure(model).info,
+        name_or_path=stored.base.name_or_path or "",
+        # Only weights have these.
+        fingerprint=stored.base.fingerprint or "",
+        quantization=stored.base.quantization,
+    )

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.contract import AdapterConfig
-from loraloom.adapters.extra_modules import MODULES, TOKENS, has_own_parts, tensor_shapes
+from loraloom.adapters.extra_modules import MODULES, TOKENS, tensor_shapes
 from loraloom.adapters.tensor_names import Shape, TensorKey, within
-from loraloom.base.blocks import BaseInfo, guess_blocks
+from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.config.text import to_yaml
 from loraloom.errors import AdapterError, FormatError, names_in, shown
@@ -181,79 +181,6 @@ def _describe_model(model: BaseRecord | BaseInfo, with_fingerprint: bool) -> str
     if not with_fingerprint:
         return name
     return f"{name} ({model.quantization or 'floating point'}, fingerprint {model.fingerprint})"
-
-
-def base_of_tensors(stored: StoredAdapter) -> BaseInfo:
-    """Describe a base model that isn't loaded by the names and shapes of an adapter's tensors."""
-    keys = _tensor_shapes(stored)
-    shapes = _projection_shapes(stored, keys)
-    layers = {path: sorted({key.layer for key in keys if key.path == path}) for path in shapes}
-    routers = {key: shape for key, shape in keys.items() if key.projection is None}
-    widths = [shape[-1] for shape in routers.values()]
-    widths += [shape[-1] for path, shape in shapes.items() if path.endswith(".moe")]
-    if "shared.router_0" in stored.tensors:  # by prompt
-        widths = [len(stored.tensors["shared.router_0"])]
-    return BaseInfo(
-        name_or_path=stored.base.name_or_path or "",
-        model_type=stored.base.model_type or "",
-        layers_path=stored.layers_path or "model.layers",
-        blocks=guess_blocks(shapes, layers, gated={key.block for key in routers}),
-        activation=stored.activation or "",
-        num_layers=1 + max(key.layer for key in keys),
-        hidden_size=widths[0] if widths else 0,
-        num_parameters=stored.base.num_parameters or 0,
-        fingerprint=stored.base.fingerprint or "",
-        quantization=stored.base.quantization,
-        has_own_names=".language_model" not in (stored.layers_path or ""),
-    )
-
-
-def _tensor_shapes(stored: StoredAdapter) -> dict[TensorKey, Shape]:
-    shapes = {}
-    scalars = []
-    for name, tensor in stored.tensors.items():
-        key = TensorKey.parse(within(name))
-        if key is None:
-            continue
-        shapes[key] = tuple(tensor.shape)
-        if tensor.dim() == 0 and key.part in ("lora_A", "lora_B", "router"):
-            scalars.append(str(key))
-    if scalars:
-        raise FormatError(
-            f"{stored.source}: tensors must have axes, got single numbers: {names_in(scalars)}"
-        )
-    return shapes
-
-
-def _projection_shapes(
-    stored: StoredAdapter, keys: Mapping[TensorKey, Shape]
-) -> dict[str, tuple[int, ...]]:
-    outputs: dict[str, int] = {}
-    inputs: dict[str, int] = {}
-    stacks: dict[str, int] = {}  # experts of those whose weights have three axes
-    for key, shape in keys.items():
-        if key.part == "lora_B":
-            outputs[key.path] = shape[-2] if len(shape) > 1 else 0
-        elif key.part == "lora_A":
-            inputs[key.path] = shape[-1]
-        if len(shape) == 3:  # all experts may share one A or B
-            stacks[key.path] = max(shape[0], stacks.get(key.path, 1))
-    paths = {key.path for key in keys if key.projection is not None}
-    is_complete = paths and paths == outputs.keys() and paths == inputs.keys()
-    has_all_experts = getattr(stored.config, "base_experts", None) is None
-    if not is_complete or not has_all_experts or has_own_parts(stored.config):
-        raise FormatError(f"{stored.source} does not describe its base model; pass --base-model")
-    names = [target.rpartition(".")[2] for target in stored.config.target_modules]
-    numbers = {name: number for number, name in enumerate(names)}
-
-    def order(path: str) -> tuple[int, str]:
-        return numbers.get(path.rpartition(".")[2], len(numbers)), path
-
-    shapes = {}
-    for path in sorted(paths, key=order):
-        experts = (stacks[path],) if path in stacks else ()
-        shapes[path] = (*experts, outputs[path], inputs[path])
-    return shapes
 
 
 def describe(path_or_hub_id: str | Path) -> dict[str, Any]:

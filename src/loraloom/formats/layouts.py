@@ -108,9 +108,6 @@ class StoredAdapter:
     base: BaseRecord
     source: str
     prompt: PromptForm | None = None
-    layers_path: str | None = None
-    """Path of the decoder layers in the base model, where the layout tells."""
-    activation: str | None = None  # the activation of the FFN, where the layout tells
     has_single_experts: bool = False
     """Whether the files have gate and up of each expert apart."""
 
@@ -125,12 +122,11 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
         )
     is_apart = has_single_experts(files)
     files = read_stacks(_with_whole_tables(files))
-    layers_path, tensors = _our_tensors(files, method)
+    tensors = _our_tensors(files, method)
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     paths = [f"{key.block}.{key.projection}" for key in keys if key.projection is not None]
     settings = read_settings(files, method, paths) | _own_settings(files, tensors)
     record = _record(files, method)
-    activation = files.config.get("act_fn")
     name = str(files.config.get("base_model_name_or_path") or "")
     return StoredAdapter(
         layout=LABELS[method.layout],
@@ -139,8 +135,6 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
         base=record.base.model_copy(update={"name_or_path": plain(name) or None}),
         source=files.source,
         prompt=record.prompt,
-        layers_path=layers_path,
-        activation=None if activation is None else str(activation),
         has_single_experts=is_apart,
     )
 
@@ -186,10 +180,8 @@ def _describe(config: AdapterConfig, base: BaseInfo, prompt: PromptForm | None) 
     return record.model_dump(mode="json", exclude_none=True, exclude=left_out)
 
 
-def _our_tensors(
-    files: AdapterFiles, method: type[AdapterConfig]
-) -> tuple[str | None, dict[str, Tensor]]:
-    """Name tensors by our keys; give the path of the layers too, where names have it."""
+def _our_tensors(files: AdapterFiles, method: type[AdapterConfig]) -> dict[str, Tensor]:
+    """Name tensors by our keys."""
     endings = _ENDINGS.get(method.peft_type, _ENDINGS.get(method.layout, {}))
     our_parts = {theirs.removesuffix(".weight"): ours for ours, theirs in endings.items()}
     pattern = _tensor_pattern(method, list(our_parts))
@@ -222,7 +214,7 @@ def _our_tensors(
             f"tensors must belong to one stack of decoder layers, got {names_in(sorted(paths))}; "
             "adapters of several parts of a model are not supported"
         )
-    return next(iter(paths), None), files.renamed(keys)
+    return files.renamed(keys)
 
 
 def _key_outside_layers(

@@ -80,6 +80,11 @@ def predict_memory(run: RunConfig) -> RunMemory:
     # All kernels but the eager one take the same memory, of which some need a device.
     attention = "eager" if run.attn_implementation == "eager" else None
     model = build_base_model(run.base_model, run.dtype, run.device, attention)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"--dry-run does not support quantized checkpoints, got {run.base_model}; pass the "
+            "model in floating point, and set quantization"
+        )
     weights_bytes = predict_weight_bytes(model, run.quantization)
     host = attach(model)
     kept = {job.name: _add_job(host, job) for job in run.first_jobs}
