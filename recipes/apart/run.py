@@ -4,7 +4,7 @@
         --joint runs/apart/joint
 
 Each source's adapter sees its own rows alone. Of all of them are made: their average, merges
-(linear, SVD, and PEFT's TIES and DARE), Arrow, a router by prompt, and one by token that is trained
+(PEFT's linear, SVD, TIES and DARE), Arrow, a router by prompt, and one by token that is trained
 on the rows of all sources. Beside them are adapters that had all rows together: those of `joint` in
 the file, and of a study of `joint.yaml` that `--joint` names. All are asked the test questions of
 each source, and the router by prompt is compared with each of them on the same questions. `without
@@ -168,10 +168,7 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     for name in own:
         host.load(name, args.output / "apart" / f"{name}@{seed}")
     merges = args.of.get("merges", MERGES)
-    for merge in merges[:2]:
-        weight = 1 / len(own) if merge == "linear" else 1.0
-        host.combine(own, [weight] * len(own), merge, name=merge)
-    for merge in merges[2:]:
+    for merge in merges:
         host.load(merge, pefts_merge(args, seed, merge))
     experts = {name: name for name in own}
     host.add("arrow", loraloom.RoutedConfig(experts=experts, router="arrow"))
@@ -251,7 +248,7 @@ def answers_of(found: Any, places: dict[Any, int]) -> dict[str, dict[str, list[f
 
 
 def pefts_merge(args: argparse.Namespace, seed: int, merge: str) -> Path:
-    """Combine a seed's adapters by a function of PEFT that loraloom lacks, with its defaults."""
+    """Combine a seed's adapters by a function of PEFT, with its defaults."""
     from peft import PeftModel
 
     model, _ = loraloom.load_base_model(args.base_model, dtype=args.of["dtype"])
@@ -260,7 +257,7 @@ def pefts_merge(args: argparse.Namespace, seed: int, merge: str) -> Path:
     model = PeftModel.from_pretrained(model, paths[own[0]], adapter_name=own[0])
     for name in own[1:]:
         model.load_adapter(paths[name], adapter_name=name)
-    weights = [1.0 if merge == "ties" else 1 / len(own)] * len(own)
+    weights = [1.0 if merge in ("svd", "ties") else 1 / len(own)] * len(own)
     model.add_weighted_adapter(own, weights, merge, combination_type=merge, density=0.5)
     model.save_pretrained(args.output / "merges" / str(seed), selected_adapters=[merge])
     return args.output / "merges" / str(seed) / merge

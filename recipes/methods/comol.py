@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 import loraloom
-from loraloom.adapters.contract import AdapterConfig, Projection
+from loraloom.adapters.contract import Projection
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
 from loraloom.adapters.low_rank import generator_for, initial_A
 from loraloom.routing.routes import router_logits
@@ -38,9 +38,6 @@ class ComolConfig(MixtureConfig):
     """Cores of each projection."""
     core_noise: float = Field(default=0.1, ge=0)
     """Cores start as the identity plus normal noise with std core_noise / sqrt(rank)."""
-
-    def combined(self):
-        return AdapterConfig.combined(self)  # its update isn't BA
 
     def projection(self, base, block, dtype, seed):
         return ComolProjection(base, self, dtype, seed)

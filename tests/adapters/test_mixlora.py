@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 import loraloom
 from loraloom.adapters import MixLoraConfig, SharedExpertConfig
-from loraloom.errors import AdapterError
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
 from tests.tiny import changed, randomise, relative_error, tiny_host, tiny_model
 
@@ -66,9 +65,3 @@ def test_a_shared_expert_is_saved_and_read_back(tmp_path):
 def test_a_shared_expert_is_refused_where_norms_are_of_one_update():
     with pytest.raises(ValidationError, match="shared_expert and weight_decomposition exclude"):
         MixLoraConfig(weight_decomposition=True, shared_expert=SharedExpertConfig())
-
-
-def test_mixtures_with_a_shared_expert_are_not_combined():
-    host = tiny_host(configs={"a": CONFIG, "b": CONFIG})
-    with pytest.raises(AdapterError, match="mixtures with shared_expert cannot"):
-        host.combine(["a", "b"], [0.5, 0.5], name="sum")

@@ -85,7 +85,7 @@ def test_files_of_a_registered_method_are_read_back_where_it_is_known(
         host.merge("a")
     with pytest.raises(AdapterError, match="to be a GGUF adapter"):
         loraloom.export(host, build_tokenizer(), "a", tmp_path / "a.gguf", "gguf")
-    with pytest.raises(AdapterError, match="Half adapters cannot be combined"):
+    with pytest.raises(AdapterError, match="must be LoRAs, got Half"):
         host.combine(["a", "b"], [0.5, 0.5], name="both")
 
 

@@ -101,7 +101,7 @@ def test_rows_of_adapters_that_record_no_form_are_told_by_their_columns(saved, t
     assert combine(saved, tmp_path / "two", prompts[0], task) == 0
 
 
-@pytest.mark.parametrize("by", ["arrow", "cat", "linear"])
+@pytest.mark.parametrize("by", ["arrow", "cat"])
 def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
     more = [f"--adapter=combined={saved / 'law'}", "--by", by]
     more += [] if by == "arrow" else ["--weight", "law=0.5"]
@@ -118,10 +118,10 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
         ("--prompts x=skills", "--prompts must be NAME=VALUE, where NAME is one of law, math"),
         ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
         ("--by cat --top-k 2", "--top-k requires --by prompt or arrow"),
-        ("--by arrow --weight law=2", "--weight requires --by cat or linear or svd"),
-        ("--by linear --prompts law=skills", "--prompts requires --by prompt"),
+        ("--by arrow --weight law=2", "--weight requires --by cat"),
+        ("--by cat --prompts law=skills", "--prompts requires --by prompt"),
         ("--by arrow --limit 5", "--limit requires --by prompt"),
-        ("--by svd --scoring text", "--scoring requires --by prompt"),
+        ("--by cat --scoring text", "--scoring requires --by prompt"),
         ("--by cat --adapter law:0.5+math", "--adapter must be NAME=PATH here, got law:0.5+math;"),
     ],
 )

@@ -92,12 +92,11 @@ def test_a_saved_adapter_loads_with_the_same_numbers(accelerator, tmp_path, name
     assert_same(on_cpu(dict(host.adapters["again"].tensors())), cpu_host.adapters[name].tensors())
 
 
-@pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
-def test_a_combination_is_the_cpus(accelerator, combination):
+def test_a_combination_is_the_cpus(accelerator):
     configs = {"a": ALL_METHODS["lora"], "b": ALL_METHODS["lora"]}
     logits = []
     for host in hosts_on(accelerator.device, configs):
-        host.combine(["a", "b"], [0.5, 0.5], combination, name="both")
+        host.combine(["a", "b"], [0.5, 0.5], name="both")
         output = host(tiny_ids(2).to(host.device), adapters=["both"] * 2)
         logits.append({"logits": on_cpu(output.logits.detach())})
     assert_same(*logits)

@@ -1,4 +1,4 @@
-"""Combined adapters are PEFT's for LoRA; a mixture's experts are combined one by one."""
+"""Combined LoRAs are PEFT's and the sum of their updates; mixtures are pruned."""
 
 import copy
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig, mixlora
+from loraloom.adapters import LoraConfig, mixlora
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.host.host import Host
 from tests.parity.peft_models import copy_to_peft, wrapped_by_peft
@@ -42,14 +42,13 @@ def in_both() -> tuple[Host, peft.PeftModel]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
-def test_a_combination_of_loras_is_pefts(combination):
+def test_a_combination_of_loras_is_pefts():
     host, theirs = in_both()
-    theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type=combination)
+    theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type="cat")
     theirs.set_adapter("z")
     theirs.eval()
     expected = theirs(input_ids=IDS).logits
-    host.combine(["x", "y"], WEIGHTS, combination, name="z")
+    host.combine(["x", "y"], WEIGHTS, name="z")
     assert relative_error(host(IDS, adapters=["z", "z"]).logits, expected) < 1e-5
 
 
@@ -89,73 +88,25 @@ def assert_is_sum(host: Host, name: str, directory: Path) -> None:
 def test_loras_behind_one_another_are_on_all_projections_of_any(tmp_path, other, targets):
     first = LoraConfig(rank=3, alpha=6, target_modules=["q_proj", "v_proj"])
     host = tiny_host(configs={"x": first, "y": LoraConfig(rank=4, alpha=2, **other)})
-    combined = host.combine(["x", "y"], WEIGHTS, "cat", name="z")
+    combined = host.combine(["x", "y"], WEIGHTS, name="z")
     assert targets in (None, combined.config.target_modules)
     assert_is_sum(host, "z", tmp_path)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
-def test_experts_are_combined_one_by_one_and_routers_averaged(method):
-    config = METHODS[method]
-    host = tiny_host(configs={"a": config, "b": config})
-    combined = host.combine(["a", "b"], [3.0, 1.0], "svd", name="c").tensors()
-    a, b = (host.adapters[name].tensors() for name in "ab")
-    for expert in range(config.num_experts):
-        place = f"layers.1.mlp.down_proj.experts.{expert}"
-        updates = [config.scaling * t[f"{place}.lora_B"] @ t[f"{place}.lora_A"] for t in (a, b)]
-        left, values, right = torch.linalg.svd(3 * updates[0] + updates[1])
-        values[config.rank :] = 0
-        expected = (left[:, : len(values)] * values) @ right[: len(values)]
-        update = combined[f"{place}.lora_B"] @ combined[f"{place}.lora_A"]
-        torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-5)
-    for name in ("layers.0.mlp.router", *(name for name in a if name.endswith("magnitude"))):
-        torch.testing.assert_close(combined[name], 0.75 * a[name] + 0.25 * b[name])
-    assert host.adapters["c"].config.top_k == config.top_k
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("experts", [None, ExpertsConfig(rank=3, alpha=5, rank_stabilized=True)])
-def test_a_mixture_combined_by_itself_is_the_same_also_from_files(experts, tmp_path):
-    config = MixLoraConfig(rank=4, alpha=8, num_experts=3, rank_stabilized=True, experts=experts)
-    host = tiny_host(configs={"a": config})
-    host.combine(["a"], [1.0], name="b")
-    host.save("b", tmp_path)
-    host.load("c", tmp_path)
-    a, b, c = (host(IDS, adapters=[name] * 2).logits for name in "abc")
-    assert relative_error(b, a) < 1e-12
-    assert relative_error(c, a) < 1e-6  # files are in float32
-
-
-@torch.no_grad()
-def test_a_rank_above_the_projections_size_is_combined():
-    host = tiny_host(configs={"a": LoraConfig(rank=40, target_modules=["k_proj"])})
-    host.combine(["a"], [1.0], "svd", name="b")
-    a, b = (host(IDS, adapters=[name] * 2).logits for name in "ab")
-    assert relative_error(b, a) < 1e-12
-
-
 @pytest.mark.parametrize(
-    ("names", "options", "error", "message"),
+    ("names", "error", "message"),
     [
-        (["lora", "mixlora"], {}, AdapterError, "must have the same method, .*`cat` for LoRAs"),
-        (["lora", "dora"], {}, AdapterError, r"'lora' \(LoRA\) and 'dora' \(DoRA\); use"),
-        (["vera"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
-        (["moslora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
-        (["smora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
-        (["hydralora"], {"weights": [1.0]}, AdapterError, "HydraLoRA adapters cannot be"),
-        (["lora", "dora"], {"combination": "cat"}, AdapterError, "must be LoRAs, got DoRA"),
-        (["own"], {"weights": [1.0]}, AdapterError, "'own' must be without modules_to_save"),
-        (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
-        (["mixlora"] * 2, {"weights": [1.0, -1.0]}, ConfigError, "weights must have a positive su"),
+        (["lora", "mixlora"], AdapterError, "must be LoRAs, got MixLoRA"),
+        (["lora", "dora"], AdapterError, "must be LoRAs, got DoRA"),
+        (["lora", "own"], AdapterError, "must be without modules_to_save"),
+        (["lora"], ConfigError, "a finite number for each of the adapters"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(names, options, error, message):
+def test_what_cannot_be_combined_is_refused(names, error, message):
     own = LoraConfig(rank=3, modules_to_save=["lm_head"])
     host = tiny_host(configs=ALL_METHODS | {"own": own}, dtype=torch.float32)
-    weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):
-        host.combine(names, weights, name="c", **options)
+        host.combine(names, [1.0, 1.0], name="c")
     assert "c" not in host.adapters
 
 

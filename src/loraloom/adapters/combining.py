@@ -1,19 +1,12 @@
-"""Adapters put into the base model's weights, and several adapters' weights as one adapter's.
-
-Axes: I in_features, O out_features, R rank.
-
-Source: peft 0.21.2, `peft/tuners/lora/model.py` (`add_weighted_adapter`).
-"""
+"""Adapters put into the base model's weights, and several adapters' weights as one adapter's."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
 from loraloom.adapters.extra_modules import refuse_own_parts
@@ -74,56 +67,8 @@ def check_merges(adapter: Adapter) -> None:
         )
 
 
-Combination = Literal["linear", "svd", "cat"]
 # An expert's number in the names of a routed adapter's tensors.
 _EXPERT = re.compile(r"(.*?(?:experts\.|router_|offset_))(\d+)(.*)")
-# Settings in which adapters that are combined may differ: what only scales updates, and where they
-# began. Ranks and projections are compared as shapes.
-_MAY_DIFFER = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
-
-
-@torch.no_grad()
-def combine(
-    adapters: Sequence[Adapter], weights: Sequence[float], combination: Combination
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Combine updates pair by pair of A and B, and average what is none by the weights' shares."""
-    _check(adapters, weights, combination)
-    if combination == "cat":
-        sources = [(adapter.config, adapter.tensors()) for adapter in adapters]
-        return concatenate(sources, weights)
-    config = adapters[0].config.combined()
-    if not (adapters[0].is_mergeable or config.experts_per_router):
-        AdapterConfig.combined(config)  # an error: it is no BA
-    sources = [adapter.tensors() for adapter in adapters]
-    tensors: dict[str, Tensor] = {}
-    for name in sources[0]:
-        key = TensorKey.parse(name)
-        values = [source[name] for source in sources]
-        if key is not None and key.part == "lora_A":
-            name_of_B = str(replace(key, part="lora_B"))
-            tensors[name], tensors[name_of_B] = _combine_updates(
-                lora_A=values,
-                lora_B=[source[name_of_B] for source in sources],
-                strengths=[
-                    weight * adapter.config.scaling_of(key)
-                    for weight, adapter in zip(weights, adapters, strict=True)
-                ],
-                by_svd=combination == "svd",
-            )
-        elif key is not None and key.part in ("router", "magnitude"):
-            total = sum(weights)
-            if total <= 0:
-                raise ConfigError(
-                    "weights must have a positive sum to average routers or magnitudes, "
-                    f"got {list(weights)}"
-                )
-            tensors[name] = _sum(values, [weight / total for weight in weights])
-        elif key is None or key.part != "lora_B":
-            raise AdapterError(
-                f"{adapters[0].config.title} adapters with {name} cannot be combined, because "
-                "their updates are not of the form BA; scale each row's adapter: (name, scale)"
-            )
-    return config, tensors
 
 
 @torch.no_grad()
@@ -178,59 +123,19 @@ def _prune_members(
     return checked(type(adapter.config), settings), tensors
 
 
-def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: str) -> None:
-    if combination not in get_args(Combination):
-        raise ConfigError(
-            f"a combination must be one of {', '.join(get_args(Combination))}, got "
-            f"{combination!r}; PEFT's add_weighted_adapter has others for LoRA"
-        )
+def combine(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Write the weighted sum of LoRAs down as one LoRA."""
     if not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ConfigError(
             f"weights must be a finite number for each of the adapters, at least one, "
             f"got {list(weights)} for {len(adapters)}"
         )
     for adapter in adapters:
-        refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be combined")
         if adapter.adapts_stacks:
             raise AdapterError(
                 f"adapter {adapter.name!r} has updates of stacked experts, which cannot be "
                 "combined; choose it for each row: (name, scale)"
             )
-    if combination == "cat":
-        return
-    first = adapters[0]
-    for adapter in adapters[1:]:
-        is_alike = adapter.config.title == first.config.title
-        if not is_alike or _decisive(adapter) != _decisive(first):
-            raise AdapterError(
-                "adapters to combine must have the same method, routing, rank and projections, "
-                f"got {first.name!r} ({first.config.title}) and {adapter.name!r} "
-                f"({adapter.config.title}); use `cat` for LoRAs of different ranks"
-            )
-
-
-def _decisive(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Size]]:
-    settings = adapter.config.summary()
-    decisive = {name: settings[name] for name in settings if name not in _MAY_DIFFER}
-    return decisive, {name: tensor.shape for name, tensor in adapter.tensors().items()}
-
-
-def _sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    return torch.stack([t * factor for t, factor in zip(tensors, factors, strict=True)]).sum(0)
-
-
-def _combine_updates(
-    *, lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float], by_svd: bool
-) -> tuple[Tensor, Tensor]:
-    """Add up all A and all B, or take the best approximation of Σ s_i B_i A_i of their rank."""
-    if not by_svd:  # each by the root of the strength, whose sign goes to A
-        roots = [abs(strength) ** 0.5 for strength in strengths]
-        signed = [math.copysign(root, sign) for root, sign in zip(roots, strengths, strict=True)]
-        return _sum(lora_A, signed), _sum(lora_B, roots)
-    rank = len(lora_A[0])
-    updates = [B @ A for A, B in zip(lora_A, lora_B, strict=True)]
-    left, values, right = torch.linalg.svd(_sum(updates, strengths), full_matrices=False)
-    A = right[:rank]
-    B = left[:, :rank] * values[:rank]
-    num_missing = max(rank - len(values), 0)  # of its size, a matrix has no more rows to give
-    return pad(A, (0, 0, 0, num_missing)), pad(B, (0, num_missing))
+    return concatenate([(adapter.config, adapter.tensors()) for adapter in adapters], weights)

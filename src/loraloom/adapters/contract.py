@@ -225,13 +225,6 @@ class AdapterConfig(StrictModel, ABC):
         """
         return None
 
-    def combined(self) -> AdapterConfig:
-        """Give the settings of what several adapters like this one are combined to, scaling 1."""
-        raise AdapterError(
-            f"{self.title} adapters cannot be combined, because their updates are not of the form "
-            "BA; scale each row's adapter instead: (name, scale)"
-        )
-
     @property
     def scaling(self) -> float:
         return 1.0

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import AdapterConfig, Projection
+from loraloom.adapters.contract import Projection
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, router_on
 from loraloom.adapters.lora_projection import LoraProjection
 from loraloom.adapters.segment import SegmentTokens
@@ -31,8 +31,6 @@ class HydraLoraConfig(MixtureConfig):
     """A shared A and a mixture of B on each linear layer."""
     num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
     """Matrices B of each projection."""
-
-    combined = AdapterConfig.combined  # its A has several B
 
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int

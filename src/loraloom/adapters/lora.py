@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import torch
 from pydantic import Field
 
-from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Adjustable, Projection
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adjustable, Projection
 from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
 from loraloom.adapters.low_rank import DecomposedConfig
 from loraloom.adapters.tensor_names import Pattern, TensorKey, matches
@@ -78,11 +78,6 @@ class LoraConfig(DecomposedConfig):
 
     def scaling_of(self, key: TensorKey) -> float:
         return self.at(key.place).scaling
-
-    def combined(self) -> AdapterConfig:
-        if self.rank_pattern:
-            raise AdapterError("adapters with a rank_pattern cannot be combined; use (name, scale)")
-        return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
     def fitted(self, base_layers: Sequence[BaseLayer]) -> LoraConfig:
         """Write the rank on a base model's experts into the patterns, as files say it."""

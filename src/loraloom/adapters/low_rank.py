@@ -57,9 +57,6 @@ class LowRankConfig(AdapterConfig):
         """Make the method's weights on a projection; a method without such overrides `build`."""
         raise NotImplementedError
 
-    def combined(self) -> AdapterConfig:
-        return self.model_copy(update={"alpha": float(self.rank), "rank_stabilized": False})
-
 
 class DecomposedConfig(LowRankConfig):
     """A LoRA on each projection, or a DoRA: what plain adapters and experts have in common."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Adjustable
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adapter, Adjustable
 from loraloom.adapters.experts import (
     Choice,
     ExpertCount,
@@ -29,7 +29,6 @@ from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProject
 from loraloom.adapters.low_rank import DecomposedConfig, ffn_weights, projection_blocks
 from loraloom.adapters.projection import Projection
 from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
-from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
@@ -145,16 +144,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         return MixLoraAdapter(name, self, base_layers, dtype, seed)
-
-    def scaling_of(self, key: TensorKey) -> float:
-        return self.scaling if key.expert is None else self.expert_config.scaling
-
-    def combined(self) -> AdapterConfig:
-        if self.shared_expert:
-            raise AdapterError("mixtures with shared_expert cannot be combined; use (name, scale)")
-        unscaled = {"alpha": float(self.expert_config.rank), "rank_stabilized": False}
-        experts = (self.experts or ExpertsConfig()).model_copy(update=unscaled)
-        return super().combined().model_copy(update={"experts": experts})
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapters.contract import AdapterConfig, Projection
+from loraloom.adapters.contract import Projection
 from loraloom.adapters.experts import RouterLossConfig, router_on, too_large
 from loraloom.adapters.lora_projection import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
@@ -55,8 +55,6 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         return SmoraProjection(base, self, dtype, seed)
-
-    combined = AdapterConfig.combined  # routers choose ranks as they are
 
 
 class SmoraProjection(LoraProjection):

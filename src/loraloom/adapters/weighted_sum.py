@@ -214,8 +214,8 @@ def concatenate(
     """Put LoRAs' A and B behind one another, which adds their updates up exactly."""
     matrices = defaultdict[str, list[Tensor]](list)
     for (config, tensors), weight in zip(sources, weights, strict=True):
-        check_is_lora(config, "adapters to concatenate must be LoRAs")
-        refuse_own_parts(config, "an adapter", "be put behind another one")
+        check_is_lora(config, "adapters to combine must be LoRAs")
+        refuse_own_parts(config, "an adapter", "be combined")
         for name, tensor in tensors.items():
             key = TensorKey.parse(name)
             assert key is not None  # as all of a LoRA's are

@@ -27,16 +27,16 @@ COMBINATION = Parameter(group=Group("Combination", sort_key=-1))
 _ONLY = {
     ("prompt",): ("prompts", "scoring", "limit", "num_layers_read"),
     ("prompt", "arrow"): ("top_k",),
-    ("cat", "linear", "svd"): ("weight",),
+    ("cat",): ("weight",),
 }
 
 
 class CombineOptions(HostOptions):
     """Adapters on their base model, and what is made of them."""
 
-    by: Annotated[Literal["prompt", "arrow", "cat", "linear", "svd"], COMBINATION] = "prompt"
+    by: Annotated[Literal["prompt", "arrow", "cat"], COMBINATION] = "prompt"
     """Keep all adapters and choose one by a router for each prompt (prompt) or mix several for each
-    token, without training (arrow); or write their weighted sum (cat, linear, svd)."""
+    token, without training (arrow); or write the weighted sum of LoRAs (cat)."""
     prompts: Annotated[tuple[str, ...], Section.DATA] = ()
     """Fit the prompt router on NAME=DATA, one per adapter: a task, a task's .yaml file, or rows
     of any format, best the adapter's own. Repeatable."""
@@ -45,7 +45,7 @@ class CombineOptions(HostOptions):
     limit: Annotated[int, Section.DATA] = Field(default=200, ge=2)
     """Read at most N prompts per adapter."""
     weight: Annotated[tuple[str, ...], COMBINATION] = ()
-    """Scale an adapter's update, NAME=NUMBER, for cat, linear and svd. Repeatable."""
+    """Scale an adapter's update, NAME=NUMBER, for cat. Repeatable."""
     top_k: Annotated[int | None, COMBINATION] = Field(default=None, ge=1)
     """Use K adapters at once. Default: one per prompt, three per token."""
     num_layers_read: Annotated[int, COMBINATION] = Field(default=0, ge=0)
@@ -61,7 +61,7 @@ class CombineOptions(HostOptions):
         if self.derived:
             yield (
                 f"--adapter must be NAME=PATH here, got {self.derived[0]}; pass weights as "
-                "--weight NAME=NUMBER with --by cat, linear or svd"
+                "--weight NAME=NUMBER with --by cat"
             )
         elif len(self.adapters) < 2:
             yield f"--adapter must name two adapters or more, got {len(self.adapters)}"
@@ -116,7 +116,7 @@ def combine(
         )
         host.add(combined, config)
     else:
-        host.combine(list(adapters), factors, options.by, name=combined)
+        host.combine(list(adapters), factors, name=combined)
     if options.by == "prompt":
         sources = {}
         for name in adapters:

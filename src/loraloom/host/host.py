@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.combining import Combination
 from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.routed.method import add_experts
@@ -202,27 +201,18 @@ class Host:
         """Remove an adapter and free its memory."""
         self._registry.remove(name)
 
-    def combine(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        combination: Combination = "linear",
-        *,
-        name: str,
-    ) -> Adapter:
-        """Make a new adapter from several of the same method, rank and target modules.
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], *, name: str) -> Adapter:
+        """Make a new LoRA that is the exact weighted sum of several.
 
-        Updates are combined as in PEFT's `add_weighted_adapter`, experts with the experts of the
-        same number. Routers and DoRA's magnitudes are averaged by the shares of the weights.
+        A and B are concatenated, as in PEFT's `add_weighted_adapter` with `cat`. Ranks and
+        projections may differ; the new rank is the sum of the ranks.
 
         Args:
             adapters: Names of the adapters to combine, which stay.
             weights: Factors for the update of each adapter; they may be negative.
-            combination: `linear` adds up A and B, `svd` the updates BA; `cat` concatenates LoRAs,
-                whose ranks may differ, which is their exact sum.
             name: Name of the new adapter.
         """
-        return self._registry.combine(name, adapters, weights, combination)
+        return self._registry.combine(name, adapters, weights)
 
     def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
         """Make a new mixture from some experts of an existing one.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.combining import Combination, Merged, combine, prune
+from loraloom.adapters.combining import Merged, combine, prune
 from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.extra_modules import own_parts, tensor_shapes
 from loraloom.adapters.registration import check_config
@@ -115,11 +115,9 @@ class AdapterRegistry:
                 self.check_unmerged("load what depends on its weights")
             return self._register_tensors(name, config, tensors, stored.prompt)
 
-    def combine(
-        self, name: str, sources: Sequence[str], weights: Sequence[float], combination: Combination
-    ) -> Adapter:
+    def combine(self, name: str, sources: Sequence[str], weights: Sequence[float]) -> Adapter:
         adapters = [self.get(source) for source in sources]
-        config, tensors = combine(adapters, weights, combination)
+        config, tensors = combine(adapters, weights)
         prompt = adapters[0].prompt
         if any(adapter.prompt != prompt for adapter in adapters):
             prompt = None
