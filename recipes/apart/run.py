@@ -205,7 +205,10 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     by_source: dict[str, list[float]] = {"oracle": [], "another's": [], "without its own": []}
     for name, before in zip(asked, [list(asked)[-1], *asked], strict=False):
         task = asked[name]["task"]
-        host.prune("prompt", [n for n, one in enumerate(own) if one != name], name="without")
+        others = {other: other for other in own if other != name}
+        host.add("without", loraloom.RoutedConfig(experts=others, num_layers_read=args.layers))
+        rows = {other: sources[other] for other in others}
+        loraloom.fit_router(host, tokenizer, "without", rows, limit=args.prompts)
         of = ask([name, before, "without"], [task], pairs=[])
         host.remove("without")
         answered = answers_of(of, places)

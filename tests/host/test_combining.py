@@ -1,4 +1,4 @@
-"""Combined LoRAs are PEFT's and the sum of their updates; mixtures are pruned."""
+"""Combined LoRAs are PEFT's and the sum of their updates."""
 
 import copy
 from pathlib import Path
@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.adapters import LoraConfig, mixlora
+from loraloom.adapters import LoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.host.host import Host
 from tests.parity.peft_models import copy_to_peft, wrapped_by_peft
 from tests.tiny import (
     ALL_METHODS,
-    METHODS,
     randomise,
     relative_error,
     tiny_host,
@@ -108,49 +107,3 @@ def test_what_cannot_be_combined_is_refused(names, error, message):
     with pytest.raises(error, match=message):
         host.combine(names, [1.0, 1.0], name="c")
     assert "c" not in host.adapters
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", ["mixlora", "mixdora", "hydralora", "loramoe", "dynmole"])
-def test_experts_in_another_order_compute_the_same(method):
-    config = ALL_METHODS[method]
-    host = tiny_host(configs={"a": config})
-    host.prune("a", [*reversed(range(config.num_experts))], name="b")
-    ours, theirs = (host(IDS, adapters=[name] * 2).logits for name in "ba")
-    assert relative_error(ours, theirs) < 1e-12
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
-def test_a_pruned_mixture_is_one_whose_router_never_takes_the_others(method, monkeypatch):
-    host = tiny_host(configs={"a": METHODS[method]})
-    kept = [one for one in range(METHODS[method].num_experts) if one != 1]
-    pruned = host.prune("a", kept, name="b")
-    ours = host(IDS, adapters=["b"] * 2).logits
-    whole = mixlora.router_logits
-
-    def without_one(*arguments):
-        logits = whole(*arguments)
-        logits[..., 1] = -torch.inf
-        return logits
-
-    monkeypatch.setattr(mixlora, "router_logits", without_one)
-    assert relative_error(ours, host(IDS, adapters=["a"] * 2).logits) < 1e-12
-    assert pruned.config.num_experts == len(kept)
-
-
-@pytest.mark.parametrize(
-    ("method", "experts", "message"),
-    [
-        ("lora", [0], "only mixtures whose num_experts is one number can be pruned, got 'a'"),
-        ("mola", [0, 1], "only mixtures whose num_experts is one number can be pruned"),
-        ("mixlora", [0, 4], r"experts must be different ones of 0 to 3, .* got \[0, 4\]"),
-        ("mixlora", [1, 1], r"experts must be different ones of 0 to 3"),
-        ("mixlora", [1], r"top_k must be in \[1, num_experts=1\], got 2"),
-    ],
-)
-def test_what_can_not_be_pruned_is_refused_and_adds_nothing(method, experts, message):
-    host = tiny_host(configs={"a": ALL_METHODS[method]})
-    with pytest.raises((AdapterError, ConfigError), match=message):
-        host.prune("a", experts, name="b")
-    assert [*host.adapters] == ["a"]

@@ -1,19 +1,15 @@
 """Adapters put into the base model's weights, and several adapters' weights as one adapter's."""
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
 from loraloom.adapters.extra_modules import refuse_own_parts
-from loraloom.adapters.tensor_names import TensorKey
 from loraloom.adapters.weighted_sum import concatenate
-from loraloom.base.blocks import BaseInfo, BaseProjection
-from loraloom.config.fields import checked
+from loraloom.base.blocks import BaseProjection
 from loraloom.errors import AdapterError, ConfigError
 
 
@@ -65,62 +61,6 @@ def check_merges(adapter: Adapter) -> None:
             "depends on the token; `loraloom export` writes mixtures of whole FFN blocks as MoE "
             "checkpoints"
         )
-
-
-# An expert's number in the names of a routed adapter's tensors.
-_EXPERT = re.compile(r"(.*?(?:experts\.|router_|offset_))(\d+)(.*)")
-
-
-@torch.no_grad()
-def prune(
-    adapter: Adapter, experts: Sequence[int], base: BaseInfo
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Take the tensors of some experts, and their part of what has an axis of experts."""
-    config = adapter.config
-    size = len(adapter.members) or getattr(config, "num_experts", None)
-    if not isinstance(size, int):
-        raise AdapterError(
-            "only mixtures whose num_experts is one number can be pruned, "
-            f"got {adapter.name!r} ({config.title})"
-        )
-    if not experts or {*experts} - {*range(size)} or len({*experts}) < len(experts):
-        raise ConfigError(
-            f"experts must be different ones of 0 to {size - 1}, at least one, got {list(experts)}"
-        )
-    if adapter.members:
-        return _prune_members(adapter, experts)
-    # Axes of experts are those that one more would make longer.
-    longer = config.model_copy(update={"num_experts": size + 1}).tensor_shapes(base)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in adapter.tensors().items():
-        new_name = name
-        key = TensorKey.parse(name)
-        if key is not None and key.expert is not None:
-            if key.expert not in experts:
-                continue
-            new_name = str(replace(key, expert=experts.index(key.expert)))
-        indices = torch.tensor(experts, device=tensor.device)
-        shape = longer.get(new_name, tensor.shape)  # a module of its own is none of the method's
-        for axis in range(tensor.ndim):
-            if shape[axis] != tensor.shape[axis]:
-                tensor = tensor.index_select(axis, indices)
-        tensors[new_name] = tensor
-    settings = config.model_dump(exclude_unset=True) | {"num_experts": len(experts)}
-    return checked(type(config), settings), tensors
-
-
-def _prune_members(
-    adapter: Adapter, experts: Sequence[int]
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    names = list(adapter.members)
-    settings = dict(adapter.config)
-    settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in adapter.tensors().items():
-        before, number, after = _EXPERT.findall(name)[0]
-        if int(number) in experts:
-            tensors[f"{before}{experts.index(int(number))}{after}"] = tensor
-    return checked(type(adapter.config), settings), tensors
 
 
 def combine(

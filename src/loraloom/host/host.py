@@ -214,22 +214,6 @@ class Host:
         """
         return self._registry.combine(name, adapters, weights)
 
-    def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
-        """Make a new mixture from some experts of an existing one.
-
-        Call `fit_router` again if a routed adapter's experts only now share a prompt form.
-
-        Args:
-            adapter: Name of the existing mixture, which stays.
-            experts: Numbers of the experts to keep, in their new order.
-            name: Name of the new adapter.
-
-        Raises:
-            ConfigError: If an expert does not exist, or fewer remain than a router chooses.
-            AdapterError: If the layers have different numbers of experts, or none.
-        """
-        return self._registry.prune(name, adapter, experts)
-
     @property
     def merged(self) -> str | None:
         """The name of the adapter that is merged into the base model, or None."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.combining import Merged, combine, prune
+from loraloom.adapters.combining import Merged, combine
 from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.extra_modules import own_parts, tensor_shapes
 from loraloom.adapters.registration import check_config
@@ -122,14 +122,6 @@ class AdapterRegistry:
         if any(adapter.prompt != prompt for adapter in adapters):
             prompt = None
         return self._register_tensors(name, config, tensors, prompt)
-
-    def prune(self, name: str, source_name: str, experts: Sequence[int]) -> Adapter:
-        source = self.get(source_name)
-        config, tensors = prune(source, experts, self.base)
-        pruned = self._register_tensors(name, config, tensors, source.prompt)
-        if source.forms_differ and not pruned.forms_differ:
-            pruned.prompt = pruned.parts[1].prompt
-        return pruned
 
     def _register_tensors(
         self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any
