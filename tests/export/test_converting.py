@@ -99,7 +99,6 @@ def test_the_reference_gets_a_pickle_and_the_fields_that_it_reads(case, tmp_path
         (ALL_METHODS["mola"], r"num_experts: \(3, 4\)"),
         (MolaConfig(num_experts=3, routing="dense"), "support MoLA with routing: 'dense'"),
         (DynMoleConfig(num_experts=3), "MoE-PEFT does not support DynMoLE"),
-        (MixLoraConfig(num_experts=2, shared_expert={}), "support MixLoRA with shared_expert"),
     ],
 )
 def test_the_reference_is_not_given_what_it_lacks(config, message, tmp_path):

@@ -390,8 +390,8 @@ def test_a_recomputed_layer_gives_the_same_gradients():
         ),
         (VeraConfig(target_modules=("experts",)), "VeRA works on single projections"),
         (
-            MixLoraConfig(target_modules=("experts",), shared_expert={"rank": 2}),
-            "shared_expert and compat must be unset on the experts",
+            MixLoraConfig(target_modules=("experts",), routing="switch", compat="moe-peft"),
+            "compat must be unset on the experts",
         ),
         (
             LoraConfig(target_modules=("experts",), base_experts=(1, 4)),
@@ -406,7 +406,7 @@ def test_a_recomputed_layer_gives_the_same_gradients():
             "base_experts requires target_modules on a base model's experts",
         ),
     ],
-    ids=["dora beside", "mola", "vera", "shared expert", "expert", "layer", "no experts"],
+    ids=["dora beside", "mola", "vera", "compat", "expert", "layer", "no experts"],
 )
 def test_what_cannot_be_there_is_refused_with_what_to_use(config, message):
     host = tiny_host("qwen3_moe", {}, torch.float32)

@@ -12,7 +12,6 @@ from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.loramoe import LoraMoeConfig
 from loraloom.adapters.mixlora import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora import MixLoraConfig
-from loraloom.adapters.mixlora import SharedExpertConfig as SharedExpertConfig
 from loraloom.adapters.mola import MolaConfig
 from loraloom.adapters.moslora import MosLoraConfig
 from loraloom.adapters.registration import CONFIGS, any_method, register_method, take_entries

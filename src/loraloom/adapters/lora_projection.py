@@ -30,12 +30,10 @@ class LoraProjection(Projection):
         num_experts: int | None,
         dtype: torch.dtype,
         seed: int,
-        shared: LoraProjection | None = None,
     ):
         super().__init__(base)
         self.config = config
         self.is_mixture = num_experts is not None
-        self.shared = shared
         self._prefixes = [self.key]
         if num_experts is not None:
             self._prefixes = [f"{self.key}.experts.{expert}" for expert in range(num_experts)]
@@ -62,11 +60,11 @@ class LoraProjection(Projection):
 
     @property
     def num_columns(self) -> int:
-        return self._all_A().shape[:-1].numel()
+        return self.lora_A.shape[:-1].numel()
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
         """A of all experts, [S, I]; of stacks, [G, R, I]."""
-        return self._all_A().flatten(0, 1).to(dtype)
+        return self.lora_A.flatten(0, 1).to(dtype)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B of all experts times scaling, [S, O]."""
@@ -91,25 +89,12 @@ class LoraProjection(Projection):
 
     def _norms(self) -> Tensor:
         """‖W + sBA‖ of each output row, [M, O]; of stacks, [G, O]."""
-        lora_A = self._all_A()
-        product = self.base.product(lora_A.flatten(0, 1))
+        product = self.base.product(self.lora_A.flatten(0, 1))
         squares = self.base.squared_norms
-        return dora_norms(product, squares, lora_A, self._all_B(), self.config.scaling)
-
-    def _all_A(self) -> Tensor:
-        """A of each expert, and behind it what all share, where there is such."""
-        if self.shared is None:
-            return self.lora_A
-        shared = self.shared.lora_A.expand(len(self.lora_A), -1, -1)
-        return torch.cat([self.lora_A, shared], 1)
+        return dora_norms(product, squares, self.lora_A, self._all_B(), self.config.scaling)
 
     def _all_B(self) -> Tensor:
-        """B of each expert, and behind it what all share, in the experts' scaling."""
-        if self.shared is None:
-            return self.lora_B
-        factor = self.shared.config.scaling / self.config.scaling
-        shared = (self.shared.lora_B * factor).expand(len(self.lora_B), -1, -1)
-        return torch.cat([self.lora_B, shared], 2)
+        return self.lora_B
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         parts = {"lora_A": self.lora_A, "lora_B": self.lora_B}

@@ -55,15 +55,6 @@ class ExpertsConfig(StrictModel):
     """Decompose the experts' weights, as DoRA does."""
 
 
-class SharedExpertConfig(StrictModel):
-    """A LoRA that all experts of an FFN block share."""
-
-    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
-    """Rank; null: the rank of an expert."""
-    alpha: float | None = Field(default=None, gt=0, le=MAX_NUMBER)
-    """Numerator of the scaling; null: the alpha of the experts."""
-
-
 class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """A router and several LoRA experts in each FFN block, plain LoRA on attention.
 
@@ -85,12 +76,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     temperature divides probabilities; with switch a block outside of training returns its input."""
     experts: ExpertsConfig | None = None
     """Rank, alpha and dropout of the experts, if different."""
-    shared_expert: SharedExpertConfig | None = None
-    """LoRA on the FFN block for every token, next to its experts; null for none.
-
-    Each expert's W' is then W + sBA + s'B'A', with B' and A' the same in all of them, so that the
-    experts need not learn apart what all tokens have in common (after Dai et al. 2024, DeepSeekMoE,
-    arXiv:2401.06066)."""
     router_init_std: Adjustable[float] = Field(default=0.02, gt=0, le=MAX_NUMBER)
     """Standard deviation of the router's initial weights."""
     router_jitter: Adjustable[float] = Field(default=0.0, ge=0, lt=1)
@@ -103,10 +88,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
                 "compat must be unset where MoE-PEFT computes what the method means, got "
                 f"{self.compat} with routing: {self.routing}"
             )
-        if self.shared_expert is not None and self.expert_config.weight_decomposition:
-            yield (
-                "shared_expert and weight_decomposition exclude each other; set only one setting"
-            )
 
     @property
     def expert_config(self) -> LoraConfig:
@@ -116,14 +97,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         if self.experts is not None:
             settings |= self.experts.model_dump(exclude_none=True)
         return LoraConfig(**settings)
-
-    @property
-    def shared_config(self) -> LoraConfig | None:
-        """The shared expert as a plain LoRA's configuration; None without one."""
-        if self.shared_expert is None:
-            return None
-        settings = self.expert_config.model_dump()
-        return LoraConfig(**settings | self.shared_expert.model_dump(exclude_none=True))
 
     @property
     def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -148,17 +121,15 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)
         check_has_experts(self, base_layers)
-        is_special = self.shared_expert is not None or self.compat is not None
-        if is_special and any(base.num_experts for base in self.adapted(base_layers)):
+        adapts_experts = any(base.num_experts for base in self.adapted(base_layers))
+        if self.compat is not None and adapts_experts:
             raise AdapterError(
-                "shared_expert and compat must be unset on the experts of a base model; leave "
-                "experts out of target_modules, or unset them"
+                "compat must be unset on the experts of a base model; leave experts out of "
+                "target_modules, or unset it"
             )
 
     def summary(self) -> dict[str, Any]:
-        shared = None if self.shared_config is None else self.shared_config.summary()
-        experts = self.expert_config.summary()
-        return super().summary() | {"experts": experts, "shared_expert": shared}
+        return super().summary() | {"experts": self.expert_config.summary()}
 
 
 class MixLoraAdapter(Adapter):
@@ -288,7 +259,7 @@ class MixLoraAdapter(Adapter):
 def _build_layer(
     config: MixLoraConfig, layer: BaseLayer, dtype: torch.dtype, seed: int
 ) -> nn.ModuleDict:
-    expert, shared = config.expert_config, config.shared_config
+    expert = config.expert_config
 
     def build(base: BaseProjection, block: Block) -> Projection:
         if not base.has_weight:
@@ -297,10 +268,7 @@ def _build_layer(
             return LoraProjection(base, config, None, dtype, seed)
         if base.num_experts is not None:
             return StackedLoraProjection(base, expert, config.num_experts, dtype, seed)
-        behind = None
-        if shared is not None:
-            behind = LoraProjection(base, shared, None, dtype, seed)
-        return LoraProjection(base, expert, config.num_experts, dtype, seed, behind)
+        return LoraProjection(base, expert, config.num_experts, dtype, seed)
 
     weights = projection_blocks(config, layer, build)
     for block in layer.blocks:

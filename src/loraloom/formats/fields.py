@@ -377,7 +377,7 @@ TABLES: dict[str, _Table] = {
         read=_read_mixlora,
         write=_write_mixlora,
         written=_written_by_mixlora,
-        moe_peft={"shared_expert": None},
+        moe_peft={},
     ),
     adapters.MolaConfig.peft_type: _Table(
         _UNDECOMPOSED | _same("num_experts top_k"),

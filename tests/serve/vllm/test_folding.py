@@ -20,7 +20,6 @@ SERVED = {
         rank=2, alpha=3, num_experts=3, top_k=3, experts={"rank": 4, "alpha": 2.0}
     ),
     "one": MixLoraConfig(rank=3, alpha=4, num_experts=5, top_k=1, target_modules="ffn"),
-    "shared": MixLoraConfig(rank=2, alpha=4, num_experts=4, shared_expert={"rank": 1}),
     "lora": LoraConfig(rank=5, alpha=6),
     "mixed": MosLoraConfig(rank=4, alpha=6),
 }
@@ -47,8 +46,8 @@ def served(request, tmp_path_factory):
 
 def test_each_adapter_keeps_its_own_rank_and_top_k(served):
     ranks = {name: one.rank for name, one in served.folded.items()}
-    assert ranks == {"small": 12, "large": 12, "one": 15, "shared": 12} | {"lora": 5, "mixed": 4}
-    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, 2, None, None]
+    assert ranks == {"small": 12, "large": 12, "one": 15, "lora": 5, "mixed": 4}
+    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, None, None]
 
 
 def test_attention_is_a_lora_with_the_scaling_in_its_B(served):
