@@ -26,6 +26,7 @@ from functools import lru_cache
 from typing import Annotated
 
 from pydantic import AfterValidator
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError, shown
@@ -117,15 +118,11 @@ def is_meant(target: str, key: str) -> bool:
     return f".{key}".endswith(f".{target}")
 
 
-# What a pattern is made of: characters or classes of them and how often, brackets, alternatives and
-# anchors. Only characters repeat, so that each token is followed once: `re` may search for ever.
-_CHARACTER = r"\\[dDwWsS]|\\[^A-Za-z0-9]|\[\^?(?:\\?[\w.-])+\]|[\w. /-]"
-_TOKEN = re.compile(rf"(?P<character>{_CHARACTER})(?P<times>[*+?]?)\??|\((?:\?:)?|\)\??|[|^$]")
-_MAX_LENGTH, _MAX_GROUPS = 1000, 20
+_MAX_LENGTH = 1000
 
 
 def _check_pattern(pattern: str) -> str:
-    _tokens(pattern)
+    _compiled(pattern)
     return pattern
 
 
@@ -136,62 +133,24 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches the end of a module's name, at a dot or as a whole.
 
     Raises:
-        ValueError: If it is not a pattern that is supported.
+        ValueError: If it is not a regular expression, or one of another kind than pydantic's.
 
     Source: peft 0.21.2, `peft/utils/other.py` (`get_pattern_key`).
     """
-    tokens = _tokens(pattern)
-    if not set(pattern) & set("*+?|("):  # no choice, so nothing to search
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    starts = {0, *(dot.end() for dot in re.finditer(r"\.", name))}
-    return len(name) in _ends(iter(tokens), name, starts)
+    return _compiled(pattern).isinstance_python(name)
 
 
-@lru_cache(maxsize=10_000)
-def _tokens(pattern: str) -> tuple[re.Match[str], ...]:
-    tokens = tuple(_TOKEN.finditer(pattern))
-    is_whole = "".join(token[0] for token in tokens) == pattern
-    if not is_whole or len(pattern) > _MAX_LENGTH or pattern.count("(") > _MAX_GROUPS:
+@lru_cache(maxsize=1000)
+def _compiled(pattern: str) -> SchemaValidator:
+    if len(pattern) > _MAX_LENGTH or "{" in pattern:  # counted repeats make large programs
         raise ValueError(
-            f"{shown(pattern)} is not a regular expression of the supported kind: up to "
-            f"{_MAX_LENGTH} characters and {_MAX_GROUPS} groups, with names, `\\.`, `.`, `\\d`, "
-            "`\\w`, `[0-9]`, each with or without `*`, `+` or `?`, `(a|b)`, `(…)?`, `^` and `$`"
+            f"{shown(pattern)} is not a regular expression of up to {_MAX_LENGTH} characters "
+            "without `{`"
         )
+    # pydantic's engine takes linear time, where `re` may search for ever.
+    schema = core_schema.str_schema(pattern=rf"^(.*\.)?({pattern})$")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{shown(pattern)} is not a regular expression: {error}") from None
-    return tokens
-
-
-def _ends(tokens: Iterator[re.Match[str]], name: str, starts: set[int]) -> set[int]:
-    """Find where a pattern, or a group of it, can end in a name."""
-    ends, positions = set[int](), starts
-    for token in tokens:
-        sign = token[0]
-        if token["character"] is not None:
-            positions = _ends_of_character(token["character"], token["times"], name, positions)
-        elif sign.startswith("("):
-            positions = _ends(tokens, name, positions)
-        elif sign == "|":
-            ends = ends | positions
-            positions = starts
-        elif sign == "^":
-            positions = positions & {0}
-        elif sign == "$":
-            positions = positions & {len(name)}
-        else:
-            skipped = starts if sign == ")?" else set[int]()
-            return ends | positions | skipped
-    return ends | positions
-
-
-def _ends_of_character(character: str, times: str, name: str, starts: set[int]) -> set[int]:
-    pattern = re.compile(character)
-    ends, positions = set[int](), starts
-    while positions:
-        positions = {position + 1 for position in positions if pattern.match(name, position)} - ends
-        ends = ends | positions
-        if times in ("", "?"):
-            break
-    return ends | starts if times in ("*", "?") else ends
+        return SchemaValidator(schema)
+    except SchemaError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{shown(pattern)} is not a regular expression: {reason}") from None

@@ -230,6 +230,5 @@ def test_a_pattern_that_no_tensor_has_is_refused():
         optimizer.step()
     with pytest.raises(ConfigError, match="VeRA does not support loraplus_lr_ratio"):
         build_optimizer(OptimizerConfig(loraplus_lr_ratio=16), vera)
-    for odd in ("(", "(?i)Q_PROJ"):
-        with pytest.raises(ValidationError, match="is not a regular expression"):
-            OptimizerConfig(lr_ratios={odd: 0.5})
+    with pytest.raises(ValidationError, match="is not a regular expression"):
+        OptimizerConfig(lr_ratios={"(": 0.5})
