@@ -11,7 +11,6 @@ from loraloom.adapters import DynMoleConfig
 from loraloom.errors import FormatError
 from tests.adapters.plain import MASK, compare, sum_experts
 from tests.blocks import names_of
-from tests.formats.tiny import forget_settings
 from tests.tiny import changed, tiny_host
 
 ENTROPY = {"entropy_threshold": 0.9, "entropy_index": 1.3, "entropy_eps": 1e-3}
@@ -81,6 +80,5 @@ def test_files_are_its_authors_and_are_read_back(tmp_path):
     targets = names_of(host.base)
     assert host.load("b", tmp_path).config == changed(CONFIG, target_modules=targets)
     path.write_text(json.dumps(fields | {"entropy_type": "renyi"}))
-    forget_settings(tmp_path)
     with pytest.raises(FormatError, match="`entropy_type` must be tsallis, got 'renyi'"):
         host.load("c", tmp_path)

@@ -8,7 +8,7 @@ from peft.utils.other import get_pattern_key
 from loraloom.adapters.tensor_names import matches
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
-from tests.formats.tiny import edit_config, forget_settings, llama_base, write
+from tests.formats.tiny import edit_config, llama_base, write
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -76,7 +76,6 @@ def test_no_pattern_takes_for_ever(pattern):
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_other_patterns_in_files_are_refused(tmp_path, field):
     write(tmp_path, llama_base())
-    forget_settings(tmp_path)
     for pattern in HOSTILE:
         edit_config(tmp_path, **{field: {pattern: 3}})
         with pytest.raises(FormatError, match="is not a regular expression"):

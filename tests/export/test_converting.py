@@ -16,7 +16,7 @@ from loraloom.adapters import (
 from loraloom.cli.main import main
 from loraloom.errors import AdapterError
 from loraloom.exports.converting import convert
-from tests.formats.tiny import edit_config, forget_settings, name_base
+from tests.formats.tiny import edit_config, name_base
 from tests.tiny import ALL_METHODS, METHODS, changed, relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(2)
@@ -118,7 +118,6 @@ def test_peft_is_not_given_a_mixture(tmp_path):
 
 def test_the_base_model_gives_lost_magnitudes_and_checks_the_fit(tmp_path):
     host, source = saved(tmp_path, changed(METHODS["lora"], weight_decomposition=False))
-    forget_settings(source)
     edit_config(source, use_dora=True)
     with (
         pytest.warns(UserWarning, match="a DoRA without magnitudes"),

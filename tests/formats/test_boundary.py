@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
-from tests.formats.tiny import MIXTURE, edit_config, forget_settings, write
+from tests.formats.tiny import MIXTURE, edit_config, write
 
 
 @pytest.fixture
@@ -53,7 +53,6 @@ def first(tensors, change):
     ],
 )
 def test_a_field_of_another_kind_is_an_error_that_can_be_shown(mixture, base, field, value):
-    forget_settings(mixture)
     edit_config(mixture, **{field: value})
     fault = fault_of(mixture, base)
     assert field in fault or "adapter_config.json is not valid" in fault

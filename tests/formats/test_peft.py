@@ -8,7 +8,7 @@ from loraloom.adapters import LoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from loraloom.formats.files import read_stored
-from tests.formats.tiny import assert_same_tensors, edit_config, forget_settings, write
+from tests.formats.tiny import assert_same_tensors, edit_config, write
 
 
 def test_magnitudes_are_read_with_and_without_the_suffix(base, tmp_path):
@@ -55,7 +55,6 @@ def test_two_tensors_of_one_meaning_are_an_error(base, tmp_path):
 )
 def test_what_can_not_be_represented_is_an_error_that_names_the_field(field, value, base, tmp_path):
     write(tmp_path, base)
-    forget_settings(tmp_path)
     edit_config(tmp_path, **{field: value})
     with pytest.raises(FormatError, match=f"`{field}` (must|is not supported)"):
         read_adapter(tmp_path, base)

@@ -10,17 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from loraloom.adapters import LoraConfig, SmoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import raw_files, read_adapter
 from loraloom.formats.files import read_stored
 from tests.formats import test_axolotl
 from tests.formats.tiny import (
-    LORA,
-    MIXTURE,
     assert_same_tensors,
-    edit_config,
-    forget_settings,
     make_tensors,
     write,
 )
@@ -133,41 +129,6 @@ def test_what_lies_beside_a_new_adapter_is_not_read_with_it(base, tmp_path, monk
     monkeypatch.undo()
     (tmp_path / raw_files.SIDECAR_WEIGHTS).write_text("of another adapter")
     assert read() == "LoRA"
-
-
-@pytest.mark.parametrize(
-    ("config", "changes"),
-    [
-        (LORA, {"base_model_name_or_path": "elsewhere/tiny-llama", "revision": "main"}),
-        (LORA, {"lora_dropout": 0.3, "target_modules": ["down_proj", "q_proj"]}),
-        (LORA, {"peft_version": "0.21.2", "qalora_group_size": 16, "loftq_config": {}}),
-        (MIXTURE, {"base_model_name_or_path": None, "lora_dropout": 0.3}),
-    ],
-)
-def test_fields_that_change_no_result_may_be_edited(base, tmp_path, config, changes):
-    tensors = write(tmp_path, base, config)
-    edit_config(tmp_path, **changes)
-    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
-
-
-@pytest.mark.parametrize(
-    ("config", "field", "value"),
-    [
-        (LORA, "lora_alpha", 64),
-        (LORA, "use_rslora", True),
-        (LORA, "alpha_pattern", {"q_proj": 3}),
-        (MIXTURE, "top_k", 1),
-        (MIXTURE, "routing_strategy", "mixlora-dynamic"),
-        (SmoraConfig(rank=4, top_k=2), "top_k", 1),
-    ],
-)
-def test_weights_saved_with_other_settings_are_an_error(base, tmp_path, config, field, value):
-    write(tmp_path, base, config)
-    edit_config(tmp_path, **{field: value})
-    with pytest.raises(FormatError, match=f"was saved with `{field}` .* has .*both files again"):
-        read_adapter(tmp_path, base)
-    forget_settings(tmp_path)  # as files of other programs
-    read_stored(tmp_path)
 
 
 def test_equal_adapters_are_equal_files_in_every_process(base, tmp_path):

@@ -14,7 +14,6 @@ from tests.formats.tiny import (
     MIXTURE,
     assert_same_tensors,
     edit_config,
-    forget_settings,
     write,
 )
 from tests.tiny import changed
@@ -87,7 +86,6 @@ def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_dir):
 )
 def test_all_routings_of_the_reference_are_read(fields, settings, base, tmp_path):
     tensors = write(tmp_path, base, MIXTURE)
-    forget_settings(tmp_path)
     edit_config(tmp_path, loraloom=None, top_k=None, **fields)
     read, read_tensors = read_adapter(tmp_path, base)
     targets = names_of(base)

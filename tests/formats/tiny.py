@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
@@ -84,13 +82,3 @@ def name_base(directory: Path, host: Host) -> None:
     base = directory.with_name("base")
     host.model.config.save_pretrained(base)
     edit_config(directory, base_model_name_or_path=str(base))
-
-
-def forget_settings(directory: Path) -> None:
-    """Take the settings out of the weights' header, as other programs' files have none."""
-    path = directory / "adapter_model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    record = json.loads(metadata["loraloom"])
-    del record["config"]
-    save_file(load_file(path), path, metadata | {"loraloom": json.dumps(record)})

@@ -19,7 +19,7 @@ from loraloom.adapters.lora import matches, pattern_value
 from loraloom.adapters.tensor_names import is_meant
 from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError, shown
-from loraloom.formats.raw_files import CONFIG_FILE, AdapterFiles, settings_in
+from loraloom.formats.raw_files import CONFIG_FILE, AdapterFiles
 
 Settings = dict[str, Any]
 
@@ -112,15 +112,6 @@ def _without_fields(table: _Table, config: AdapterConfig, settings: Settings) ->
     return extra
 
 
-def decisive_fields(fields: Settings, config: AdapterConfig) -> Settings:
-    """Choose the fields that decide what an adapter's tensors compute."""
-    # Names of the base model and what only training reads may be edited. Which projections are
-    # adapted is told by the tensors; PEFT lists them in another order each time.
-    training_only = type(config).model_fields.keys() - config.summary().keys()
-    left_out = {*training_only, *_NO_EFFECT, *_TRAINING, "loraloom"}
-    return {name: value for name, value in settings_in(fields).items() if name not in left_out}
-
-
 def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
     """Name those of `target_modules` that a base model has, in its order; a LoRA's places stay."""
     targets = config.target_modules
@@ -166,11 +157,6 @@ _NO_EFFECT = frozenset(
     "loraloom megatron_core modules_to_save peft_type peft_version qalora_group_size revision "
     "task_type "
     "trainable_token_indices".split()
-)
-# Fields of the projections and of training, beyond these.
-_TRAINING = frozenset(
-    "bias fan_in_fan_out layers_pattern layers_to_transform lora_dropout target_modules "
-    "vera_dropout".split()
 )
 # Initialisations that leave the base model's weights as they are.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")

@@ -35,7 +35,7 @@ from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
 from loraloom.formats.experts import has_single_experts
-from loraloom.formats.fields import decisive_fields, read_settings, write_fields
+from loraloom.formats.fields import read_settings, write_fields
 from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
 from loraloom.formats.stacked import read_stacks, write_stacks
 
@@ -159,10 +159,8 @@ def render(
     if config.layout == "reference" and not base.name_or_path:
         del fields["base_model_name_or_path"]
     fields |= _own_fields(config, base)
-    # By these a reader notices weights under another configuration.
-    header = {"config": decisive_fields(fields, config)}
-    if config.layout == "peft":
-        header |= record
+    # PEFT would drop the record from the configuration.
+    header = record if config.layout == "peft" else {}
     # transformers refuses a file without a format.
     metadata = {"format": "pt", RECORD: json.dumps(header, sort_keys=True)}
     named = {_their_name(key, config, base): tensor for key, tensor in tensors.items()}

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from loraloom.atomic_io import is_being_written, remove_leftovers, staging, sync, write_directory
-from loraloom.config.text import local_path, parse_json, parse_yaml, read_json, read_text
+from loraloom.config.text import local_path, parse_yaml, read_json, read_text
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 
 CONFIG_FILE = "adapter_config.json"
@@ -135,11 +135,9 @@ def _read_once(directory: Path) -> AdapterFiles:
         is_model = (directory / "config.json").is_file()
         hint = "a base model, not an adapter" if is_model else "not an adapter, or incomplete"
         raise FormatError(f"{directory} has no {CONFIG_FILE} ({hint}); name an adapter's directory")
-    config = read_json(path, FormatError)
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} must contain a JSON object, got {type(config).__name__}")
-    # PEFT writes null for what is unset.
-    config = {name: value for name, value in config.items() if value is not None}
+    fields = read_json(path, FormatError)
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path} must contain a JSON object, got {type(fields).__name__}")
     weights = directory / WEIGHTS_FILE
     pickled = directory / PICKLE_FILE
     metadata = {}
@@ -149,37 +147,14 @@ def _read_once(directory: Path) -> AdapterFiles:
         tensors = _read_pickle(pickled)
     else:
         raise FormatError(f"{directory} contains neither {WEIGHTS_FILE} nor {PICKLE_FILE}")
-    _check_belong_together(directory, config, metadata)
+    # A writer takes an old configuration away before it puts other weights in place.
+    if read_json(path, FormatError) != fields:
+        raise FormatError(f"{directory} is being replaced; load it again")
+    # PEFT writes null for what is unset.
+    config = {name: value for name, value in fields.items() if value is not None}
     # What lies beside weights of loraloom's is left of another adapter.
     sidecar = None if RECORD in metadata else _read_sidecar(directory)
     return AdapterFiles(config, tensors, metadata, str(directory), sidecar)
-
-
-def _check_belong_together(
-    directory: Path, config: Mapping[str, Any], metadata: Mapping[str, str]
-) -> None:
-    """Raise a FormatError if the weights were saved with other settings than a configuration's."""
-    origin = f"{directory}: `{RECORD}` in the weights' header"
-    record = parse_json(metadata.get(RECORD, "{}"), origin, FormatError)
-    saved = record.get("config") if isinstance(record, dict) else None
-    if not isinstance(saved, dict):
-        return
-    current = settings_in(config)
-    for name, value in saved.items():
-        if current.get(name) != value:
-            raise FormatError(
-                f"{directory}: {WEIGHTS_FILE} was saved with `{name}` {shown(value)}, but "
-                f"{CONFIG_FILE} has {shown(current.get(name))}; copy or save both files again. If "
-                f"you edited {CONFIG_FILE}, undo that: pass `settings` to host.load, or --set to "
-                "loraloom convert, to change a setting"
-            )
-
-
-def settings_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the fields of adapter_config.json with the settings that stand under `loraloom`."""
-    section = config.get("loraloom")
-    settings = section.get("adapter") if isinstance(section, dict) else None
-    return {**config, **settings} if isinstance(settings, dict) else dict(config)
 
 
 def _read_sidecar(directory: Path) -> Sidecar | None:
@@ -256,7 +231,7 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
 
     They are written aside, synced to the disk and renamed, adapter_config.json last. If the
     process dies, the directory holds the old adapter, the new one, or no adapter_config.json
-    (never the new weights under another old configuration, which `read_files` refuses too).
+    (never the new weights under another old configuration).
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
