@@ -16,7 +16,7 @@ from loraloom.terminal import make_console, make_table, print_tables
 
 
 def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = False) -> None:
-    """Show an adapter's method, sizes, parameters in % of the base model, and norms.
+    """Show an adapter's method, sizes, and parameters in % of the base model.
 
     Args:
         path: Directory or Hub ID of the adapter.
@@ -26,15 +26,12 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
     if as_json:
         print(json.dumps(description, indent=2, allow_nan=False))
         return
-    norms = make_table("norm of", values=["tensors", "min", "median", "max"])
-    for name, norm in description.pop("norms").items():
-        norms.add_row(name, *map(_text, norm.values()))
     settings = make_table("setting", "value")
     settings.show_header = False
     for name, value in description.items():
         if value not in (None, []):
             settings.add_row(name.replace("_", " "), _text(value))
-    print_tables(make_console(), [settings, norms])
+    print_tables(make_console(), [settings])
 
 
 def _text(value: Any) -> str:

@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "serve": ("serve:serve", "Serve the base model and its adapters with OpenAI's API."),
     "chat": ("chat:chat", "Chat with the base model and its adapters."),
     "combine": ("combine:combine", "Combine several trained adapters into one."),
-    "inspect": ("adapter:inspect", "Show an adapter's method, sizes and norms."),
+    "inspect": ("adapter:inspect", "Show an adapter's method and sizes."),
     "export": ("export:export", "Write an adapter for transformers, vLLM or llama.cpp."),
     "convert": ("adapter:convert", "Convert an adapter's files for another program."),
     "config schema": ("config:schema", "Print the JSON Schema of run files."),

@@ -3,19 +3,15 @@
 `peft_type` in adapter_config.json says which method it is, and the method says which layout
 (layouts.py). What another program has written for a method is brought into that method's layout
 first (foreign.py). All that could be wrong is found before a weight is copied.
-
-Axes: I in_features, O out_features, R rank.
 """
 
-import math
 import os
 import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -184,25 +180,19 @@ def _describe_model(model: BaseRecord | BaseInfo, with_fingerprint: bool) -> str
 
 
 def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
-    """Give an adapter's method, settings, sizes and norms, as `inspect --json` prints them."""
-    # Parameters are the adapter's, by kind, without what all layers share. Norms are those of each
-    # kind of tensor over all layers and experts, without tensors that have infinite values or NaN.
+    """Give an adapter's method, settings and sizes, as `inspect --json` prints them."""
+    # Parameters are the adapter's, by kind, without what all layers share.
     directory = raw_files.find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     config, base = stored.config, stored.base
     tensors = stored.tensors.values()
     keys = list[TensorKey]()
     parameters = Counter[str]()
-    norms = defaultdict[str, list[float]](list)
     for name, tensor in stored.tensors.items():
         key = TensorKey.parse(within(name))
         if key is not None:
             keys.append(key)
             parameters[_parameter_kind(key)] += tensor.numel()
-            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-            if math.isfinite(norm):
-                place = str(replace(key, layer=0, expert=None))
-                norms[place.removeprefix("layers.0.")].append(norm)
         elif name.startswith(TOKENS):
             parameters["tokens"] += tensor.numel()
         elif name.startswith(MODULES):
@@ -231,7 +221,6 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         "num_parameters": total,
         "num_base_parameters": base.num_parameters,
         "percent_of_base": 100 * total / base.num_parameters if base.num_parameters else None,
-        "norms": {kind: _summary(values) for kind, values in norms.items()},
         "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors),
         "file_bytes": {path.name: path.stat().st_size for path in files if path.exists()},
     }
@@ -244,15 +233,6 @@ def _parameter_kind(key: TensorKey) -> str:
     if key.expert is not None:
         return f"{key.block} experts"
     return f"{key.block} LoRA" if key.part in ("lora_A", "lora_B") else f"{key.block} {key.part}"
-
-
-def _summary(values: Sequence[float]) -> dict[str, Any]:
-    return {
-        "count": len(values),
-        "min": min(values),
-        "median": median(values),
-        "max": max(values),
-    }
 
 
 def model_card(
