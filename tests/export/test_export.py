@@ -100,7 +100,7 @@ def test_a_merged_mixture_of_experts_has_its_checkpoints_names(tmp_path, family)
 
 
 def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1)  # less than any layer
+    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1)  # less than any tensor
     host = host_of("llama", tie_word_embeddings=True)
     done = exported(host, "mixlora", tmp_path / "out", dtype="bfloat16")
     names = {path.name for path in done.path.iterdir()}
@@ -108,7 +108,7 @@ def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path, monkey
     assert {"config.json", "generation_config.json", "tokenizer.json"} < names
     index = json.loads((done.path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
-    assert len(set(index["weight_map"].values())) == host.base.num_layers + 1
+    assert len(set(index["weight_map"].values())) > 1
     assert "lm_head.weight" not in index["weight_map"]
     assert index["metadata"]["total_size"] == done.num_bytes
     config = json.loads((done.path / "config.json").read_text())
@@ -119,7 +119,7 @@ def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path, monkey
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["lora", "mixlora"])
-def test_files_hold_as_many_layers_as_fit(tmp_path, monkeypatch, name):
+def test_files_hold_as_many_tensors_as_fit(tmp_path, monkeypatch, name):
     host = host_of("llama", num_hidden_layers=5)
     rows = [name, name]
     done = exported(host, name, tmp_path / "one")

@@ -10,14 +10,15 @@ Source: transformers 5.24, the classes' `modeling_*.py`.
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -196,24 +197,23 @@ class _ExportedModel(ABC):
     def _write_weights(self, directory: Path, dtype: torch.dtype) -> int:
         """Write the tensors, of which a layer is in memory at a time, and return their bytes."""
         shapes = [self._described(index, dtype) for index in range(self.host.base.num_layers + 1)]
-        sizes = [sum(tensor.nbytes for tensor in group.values()) for group in shapes]
-        groups = _grouped(sizes, MAX_FILE_BYTES)
-        files: dict[str, str] = {}
-        for number, group in enumerate(groups, start=1):
-            name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-            if len(groups) == 1:
-                name = "model.safetensors"
-            described: dict[str, Tensor] = {}
-            for index in group:
-                described |= shapes[index]
-            made = chain.from_iterable(self._made(index, shapes[index]) for index in group)
-            tensors = (tensor.to(dtype) for tensor in made)
-            write_safetensors(directory / name, described, tensors, {"format": "pt"})
-            files |= dict.fromkeys(described, name)
-        if len(groups) > 1:
-            contents = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
+        described = {name: tensor for group in shapes for name, tensor in group.items()}
+        # A larger tensor would come in front of those that are made before it.
+        largest = max(tensor.nbytes for tensor in described.values())
+        split = split_torch_state_dict_into_shards(
+            described, max_shard_size=max(MAX_FILE_BYTES, largest)
+        )
+        made = chain.from_iterable(self._made(index, group) for index, group in enumerate(shapes))
+        tensors = (tensor.to(dtype) for tensor in made)
+        for file, names in split.filename_to_tensors.items():
+            in_file = {name: described[name] for name in names}
+            write_safetensors(
+                directory / file, in_file, islice(tensors, len(names)), {"format": "pt"}
+            )
+        if split.is_sharded:
+            contents = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(directory / "model.safetensors.index.json", contents)
-        return sum(sizes)
+        return split.metadata["total_size"]
 
     def _described(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Give the tensors outside of the decoder layers (0), or a layer's, without numbers."""
@@ -222,11 +222,10 @@ class _ExportedModel(ABC):
         else:
             path = f"{self.host.base.layers_path}.{index - 1}"
             tensors = self.built.get_submodule(path).state_dict(prefix=f"{path}.")
-        empty = {
-            name: torch.empty_like(tensor, dtype=dtype, device="meta")
-            for name, tensor in tensors.items()
-        }
-        return revert_weight_conversion(self.built, empty)
+        empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        stored = revert_weight_conversion(self.built, empty)
+        # Each for itself: files are planned by storages, which views share.
+        return {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in stored.items()}
 
     def _made(self, index: int, names: Collection[str]) -> Iterable[Tensor]:
         """Make these tensors, in the order of their names in checkpoints."""
@@ -279,19 +278,6 @@ class _ExportedModel(ABC):
                 merged = projection.merged(self.wide)
                 tensors[projection.base.stored_name] = projection.base.as_stored(merged)
         return tensors
-
-
-def _grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Put neighbors in groups of a total size; what is larger is a group by itself."""
-    groups = [[0]]
-    total = sizes[0]
-    for index, size in enumerate(sizes[1:], start=1):
-        total += size
-        if total > most:
-            groups.append([])
-            total = size
-        groups[-1].append(index)
-    return groups
 
 
 def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
