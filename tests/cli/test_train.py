@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from loraloom.cli import main as cli
 from loraloom.cli import train as train_command
-from loraloom.cli.train import next_commands
+from loraloom.cli.train import generate_command
 from loraloom.formats import describe
 from loraloom.training.engine import Engine
 from loraloom.training.job import JobResult
@@ -83,7 +83,7 @@ def test_changes_that_save_memory_follow_what_fits_no_card(run_file, monkeypatch
 
 def test_adapters_are_written_and_remember_how_prompts_were(inputs, run_file, tmp_path, capsys):
     assert cli.main(["train", run_file, "--set", "jobs.0.data.template=plain"]) == 0
-    printed, _, command = capsys.readouterr().out.partition("Evaluate with:")
+    printed, _, command = capsys.readouterr().out.partition("Generate with:")
     assert "plain: 1,856 trained parameters; adapter 7.42 kB, optimizer 22.27 kB" in printed
     assert "mixture: step 4, eval/arc_easy/accuracy" in printed
     assert "finished" in printed
@@ -109,65 +109,20 @@ def test_adapters_are_written_and_remember_how_prompts_were(inputs, run_file, tm
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "Say one\n"
 
 
-def test_the_next_commands_evaluate_and_ask_what_was_trained():
+def test_a_command_asks_what_was_trained():
     job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 4}}
-    job["data"] = {"task": "arc_easy", "path": "a b", "scoring": "text"}
-    run = {"base_model": "m", "output_dir": "out", "quantization": "nf4", "jobs": [job]}
-    done = Mock(JobResult, job="a", directory="out/a", error=None, status="finished")
-    model = "--base-model m --quantization nf4 --adapter a=out/a"
-    asked = f"loraloom eval {model} --task arc_easy --scoring text --data 'a b'"
-    assert next_words(run, [done, Mock(JobResult, error="x")]) == {
-        "Evaluate": shlex.split(asked),
-        "Generate": shlex.split(f"loraloom generate {model} --prompt Hello!"),
-    }
-    assert next_words(run, [Mock(JobResult, error="x")]) == {}
-    job["data"]["path"] = __file__  # rows that were trained on
-    assert next_words(run, [done])["Evaluate"][-1] == "HELD_OUT.jsonl"
-    job["eval"] = [{"task": "arc_easy", "path": __file__}]
-    assert next_words(run, [done])["Evaluate"][-3:] == [__file__, "--split", "validation"]
-    job["data"] = {"dataset": "pairs.jsonl", "format": "preference"}
-    job["train"] |= {"objective": {"name": "dpo"}, "max_length": 64}
-    del job["eval"]
-    asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference --max-length 64"
-    assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
-    job["data"] |= {"fields": {"prompt": "question"}, "template": "plain"}
-    data = json.loads(next_words(run, [done])["Evaluate"][-5])
-    assert data == {
-        "dataset": "HELD_OUT.jsonl",
-        "template": "plain",
-        "fields": {"prompt": "question"},
-    }
+    job["data"] = {"task": "arc_easy"}
+    settings = {"base_model": "m", "output_dir": "out", "quantization": "nf4", "jobs": [job]}
+    run = RunConfig.model_validate(settings)
+    done = Mock(JobResult, job="a", directory="out/a b", error=None, status="finished")
+    failed = Mock(JobResult, error="x")
+    command = generate_command(run, [done, failed])
+    options = "--base-model m --quantization nf4 --adapter 'a=out/a b' --prompt Hello!"
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words == shlex.split(f"loraloom generate {options}")
+    assert generate_command(run, [failed]) is None
     done.job = "base"  # a name that --adapter has for the base model
-    assert "base-adapter=out/a" in next_words(run, [done])["Generate"]
-
-
-def test_a_sweep_over_data_sets_evaluates_those_of_the_best_jobs_data():
-    job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 4}}
-    job["data"] = {"task": "arc_easy", "scoring": "text", "validation_fraction": 0.1}
-    sweep = {"job": job, "parameters": {"data.task": ["arc_easy", "piqa"], "adapter.rank": [4, 8]}}
-    run = {"base_model": "m", "output_dir": "out", "sweep": sweep}
-    names = [trial.name for trial in RunConfig.model_validate(run).trials]
-    losses = dict(zip(names, (3, 4, 2, 1), strict=True))
-    results = [
-        Mock(
-            JobResult, job=name, directory=name, error=None, metrics={"eval/loss": loss}, status=""
-        )
-        for name, loss in losses.items()
-    ]
-    purpose = "Evaluate the jobs of piqa, and others on their data,"
-    asked = f"loraloom eval --base-model m --adapter {names[3]}={names[3]}"
-    asked += f" --adapter {names[2]}={names[2]} --task piqa --scoring text"
-    assert next_words(run, results)[purpose] == asked.split()
-    sweep["parameters"]["data.task"] = ["piqa"]
-    names[:] = [trial.name for trial in RunConfig.model_validate(run).trials]
-    for result, name in zip(results, names, strict=False):
-        result.job = name
-    assert "Evaluate" in next_words(run, results[:2])
-
-
-def next_words(run, results):
-    commands = next_commands(RunConfig.model_validate(run), results).items()
-    return {purpose: shlex.split(one.replace("\\\n", " ")) for purpose, one in commands}
+    assert "base-adapter=out/a" in generate_command(run, [done])
 
 
 @pytest.mark.parametrize(

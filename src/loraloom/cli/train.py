@@ -1,7 +1,5 @@
 """`loraloom train`: from a run file to trained adapters, and what to type next."""
 
-import json
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,6 @@ from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import BASE, Sets
-from loraloom.config.data import MAX_LENGTH
 from loraloom.config.fields import StrictModel
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.terminal import make_console, make_table, print_tables, show_bytes
@@ -25,7 +22,7 @@ from loraloom.training import run as training
 from loraloom.training.job import JobResult
 from loraloom.training.memory import RunMemory, predict_memory
 from loraloom.training.reporting import Progress
-from loraloom.training.settings import JobConfig, RunConfig, load_run_config
+from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.watched_directory import WatchOptions
 
 MAX_ADAPTERS = 8
@@ -102,8 +99,9 @@ def train(
         shown = results
     if shown:
         print_tables(console, [_results_table(shown)])
-    for purpose, command in next_commands(run, results).items():
-        console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
+    command = generate_command(run, results)
+    if command is not None:
+        console.print(f"\nGenerate with:\n  {command}", soft_wrap=True)
     raise_failures(results)
 
 
@@ -167,86 +165,16 @@ def raise_failures(results: Sequence[JobResult]) -> None:
         raise TrainingError("\n".join(failures))
 
 
-def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str]:
-    """Write commands that evaluate and ask what was trained; none where nothing was."""
+def generate_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
+    """Write a command that asks what was trained; None where nothing was."""
     good = [result for result in results if result.error is None and result.status != "stopped"]
     if not good:
-        return {}
-    if run.sweep is not None:
-        # the best first; a job that was never measured goes last, whichever way is better
-        metric = run.sweep.metric
-        sign = 1 if metric.endswith("loss") else -1
-        good.sort(key=lambda result: sign * result.metrics.get(metric, sign * math.inf))
-    jobs = run.all_jobs
-    measured = good
-    purpose = "Evaluate"
-    data_of = {}
-    for job in run.trials:
-        names = [str(source.task or source.dataset) for source in job.data.sources]
-        data_of[job.name] = ", ".join(names)
-    best_data = data_of.get(good[0].job)
-    if best_data is not None:
-        jobs = [job for job in run.trials if data_of[job.name] == best_data]
-        if len(jobs) < len(run.trials):
-            measured = [result for result in good if data_of.get(result.job) == best_data]
-            purpose += f" the jobs of {best_data}, and others on their data,"
-    if len(measured) > MAX_ADAPTERS:
-        purpose += f" ({MAX_ADAPTERS} of {len(measured)} adapters)"
-    evaluated = [*_model_options(run, measured), *_evaluation_options(jobs)]
-    generated = [*_model_options(run, good), ("--prompt", "Hello!")]
-    return {purpose: _command("eval", evaluated), "Generate": _command("generate", generated)}
-
-
-def _model_options(run: RunConfig, results: Sequence[JobResult]) -> list[tuple[str, str]]:
+        return None
     options = [("--base-model", run.base_model)]
     if run.quantization is not None:
         options.append(("--quantization", run.quantization))
-    for result in results[:MAX_ADAPTERS]:
+    for result in good[:MAX_ADAPTERS]:
         name = result.job if result.job != BASE else f"{BASE}-adapter"
         options.append(("--adapter", f"{name}={result.directory}"))
-    return options
-
-
-def _evaluation_options(jobs: Sequence[JobConfig]) -> list[tuple[str, str]]:
-    evaluated = list(chain.from_iterable(job.eval for job in jobs))
-    trained = list(chain.from_iterable(job.data.sources for job in jobs))
-    tasks = [source for source in (*evaluated, *trained) if source.task]
-    if tasks:
-        source = tasks[0]
-        options = {"--task": source.task, "--scoring": source.scoring, "--data": source.path}
-        if source in evaluated:
-            options["--split"] = source.split
-        elif Path(source.path or "").expanduser().is_file():
-            options["--data"] = "HELD_OUT.jsonl"  # this file was trained on
-    else:
-        options = _dataset_options(jobs)
-    return [(option, value) for option, value in options.items() if value]
-
-
-def _dataset_options(jobs: Sequence[JobConfig]) -> dict[str, str | None]:
-    if not jobs:
-        return {"--dataset": "HELD_OUT.jsonl"}
-    # what adapters don't tell: columns, and a format that is not that of the prompts
-    names = {"fields"}
-    data = "HELD_OUT.jsonl"
-    source = jobs[0].data.sources[0]
-    for job in jobs:
-        if job.data.validation is not None and job.data.validation.dataset:
-            source = job.data.validation
-            data = source.dataset
-            names |= {"split", "config"}
-            break
-    if source.format == "preference":
-        names.add("template")
-    settings = source.model_dump(include=names, exclude_none=True)
-    options = {"--dataset": json.dumps({"dataset": data, **settings}) if settings else data}
-    if source.format == "preference":
-        options["--format"] = source.format
-    max_length = max(job.train.max_length for job in jobs)
-    if max_length != MAX_LENGTH:
-        options["--max-length"] = str(max_length)
-    return options
-
-
-def _command(verb: str, options: Sequence[tuple[str, str]]) -> str:
-    return " \\\n    ".join([f"loraloom {verb}", *map(shlex.join, options)])
+    options.append(("--prompt", "Hello!"))
+    return " \\\n    ".join(["loraloom generate", *map(shlex.join, options)])
