@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import count
+from itertools import islice
 from typing import Any
 
 from jinja2 import TemplateError
@@ -20,9 +20,6 @@ from loraloom.errors import DataError, shown
 from loraloom.host.choice import is_routed
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, name_and_scale
-
-# A name that no text has, by which a tool is looked for in what the chat template made of it.
-_MARK = "loraloom-1b5ff3a2-"
 
 
 @dataclass(frozen=True)
@@ -166,43 +163,15 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, source: str, *changes: object)
 
 
 def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
-    """Refuse a conversation whose tools, or calls of them, the chat template leaves out."""
-    omissions = [*omitted_tools(conversation)]
-    written = ""
-    if omissions:  # nearly always one text shows that all are there
-        with suppress(TemplateError):
-            written = template.render(_marked(conversation))
-    for number, (missing, _, without) in enumerate(omissions):
-        if f"{_MARK}{number}-" in written:
-            continue
+    """Refuse a conversation whose tools, or first call of them, the chat template leaves out."""
+    # each is one more rendering of the whole conversation
+    for missing, _, without in islice(omitted_tools(conversation), 2):
         with suppress(TemplateError):
             if template.render(conversation) == template.render(without):
                 raise DataError(
                     f"the chat template drops {missing}; serve with --tool-template hermes, or use "
                     "another chat template"
                 )
-
-
-def _marked(conversation: Conversation) -> Conversation:
-    """Put a mark into the names of the tools and of each message's calls, numbered in order."""
-    numbers = count()
-
-    def mark(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        number = next(numbers)
-        marked = [{**call} for call in calls]
-        for call in marked:
-            function = call.get("function")
-            if isinstance(function, dict):
-                name = f"{_MARK}{number}-{function.get('name')}"
-                call["function"] = {**function, "name": name}
-        return marked
-
-    tools = mark(conversation.tools) if conversation.tools else None
-    messages = []
-    for message in conversation.messages:
-        calls = message.get("tool_calls")
-        messages.append({**message, "tool_calls": mark(calls)} if calls else message)
-    return Conversation(messages, tools)
 
 
 def encode_for_choice(
