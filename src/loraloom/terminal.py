@@ -12,7 +12,6 @@ from datetime import timedelta
 from time import monotonic
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -20,19 +19,22 @@ from rich.text import Text
 
 from loraloom.errors import plain
 
-_PADDING = 2  # characters between two columns
+_FILE_WIDTH = 10_000
 PLAIN_INTERVAL_S = 10.0  # between two lines of progress in a file
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
-    """Make a console that prints texts as they are."""
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, **options)
+    """Make a console that prints texts as they are, and breaks no line of a file or a pipe."""
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False, **options)
+    if "width" not in options and not console.is_terminal and not console.is_jupyter:
+        console.width = _FILE_WIDTH
+    return console
 
 
 def make_table(*keys: str, values: Sequence[str | Text] = (), title: str | None = None) -> Table:
     """Make a table without rules; keys are on the left, values on the right."""
     columns = [*keys, *(Column(value, justify="right") for value in values)]
-    return Table(*columns, title=title, box=None, padding=(0, _PADDING, 0, 0))
+    return Table(*columns, title=title, box=None, padding=(0, 2, 0, 0))
 
 
 def notebook_console() -> Console | None:
@@ -97,61 +99,27 @@ def printed(text: str) -> str:
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
-    """Print tables with an empty line between two, each in parts that fit."""
+    """Print tables with an empty line between two; cells that don't fit are folded."""
     for number, table in enumerate(tables):
         if number:
             console.print()
         if table.title is not None:
             console.print(_as_text(table.title))
-        for index, piece in enumerate(_divide(table, console.width)):
-            if index:
-                console.print()
-            console.print(piece)
+        console.print(_with_texts(table))
         if table.caption is not None:
             console.print(_as_text(table.caption))
 
 
-def _divide(table: Table, width: int) -> Iterator[Table]:
-    """Divide a table's columns so that each part fits; one that fits stays whole."""
-    # the keys, on the left up to the first column of numbers, are in every part
-    is_number = [column.justify == "right" for column in table.columns]
-    num_keys = max(is_number.index(True), 1) if any(is_number) else len(is_number)
-    keys = range(num_keys)
-    widths = [_width(column, of_words=index in keys) for index, column in enumerate(table.columns)]
-    for key in keys:
-        widths[key] = min(widths[key], width // 2 // num_keys)
-    groups: list[list[int]] = [[]]
-    for index in range(num_keys, len(widths)):
-        columns = [*keys, *groups[-1], index]
-        if groups[-1] and sum(widths[column] for column in columns) > width:
-            groups.append([])
-        groups[-1].append(index)
-    for group in groups:
-        piece = Table(box=None, padding=table.padding, show_header=table.show_header)
-        columns = [*keys, *group]
-        for index in columns:
-            piece.add_column(
-                _as_text(table.columns[index].header),
-                justify=table.columns[index].justify,
-                no_wrap=index not in keys,
-                overflow="fold",
-                min_width=widths[index] - _PADDING,
-            )
-        cells = [table.columns[index].cells for index in columns]
-        for row, *texts in zip(table.rows, *cells, strict=True):
-            piece.add_row(*map(_as_text, texts), style=row.style)
-        yield piece
+def _with_texts(table: Table) -> Table:
+    """Make a copy whose cells are texts."""
+    copy = Table(box=None, padding=table.padding, show_header=table.show_header)
+    for column in table.columns:
+        copy.add_column(_as_text(column.header), justify=column.justify, overflow="fold")
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        copy.add_row(*map(_as_text, cells))
+    return copy
 
 
 def _as_text(cell: object) -> Text:
     """A text as it is, whatever console it is printed on, with controls escaped."""
     return Text(plain(str(cell)))
-
-
-def _width(column: Column, *, of_words: bool) -> int:
-    separator = None if of_words else "\n"
-    longest = 0
-    for text in (column.header, *column.cells):
-        words = plain(str(text)).split(separator)
-        longest = max(longest, *map(cell_len, words), 0)
-    return longest + _PADDING

@@ -66,8 +66,7 @@ def show(
             except DataError as error:
                 faults.append(str(error))
     console.print()
-    # a pipe has no width: names of files stay whole there
-    print_tables(make_console(width=None if console.is_terminal else 10_000), [table])
+    print_tables(console, [table])
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
 
