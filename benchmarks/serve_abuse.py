@@ -37,7 +37,6 @@ from tests.conftest import build_tokenizer
 from tests.tiny import tiny_host
 
 MAX_FILES = 1024
-MAX_LOADED = 15
 NUM_ADAPTERS = 40
 MAX_WAITING = 200
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -190,7 +189,7 @@ async def prompts_of_others(server: Server) -> Outcome:
 
 
 async def loading(server: Server) -> Outcome:
-    """Load with a user's key, and with an admin's: from elsewhere, by links, without end."""
+    """Load with a user's key, and with an admin's: from elsewhere, by links."""
 
     async def load(http: httpx2.AsyncClient, name: str, path: str) -> httpx2.Response:
         return await http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
@@ -201,20 +200,9 @@ async def loading(server: Server) -> Outcome:
         as_user = (await load(http, "mine", "cold-0")).status_code
     async with server.client("admin") as http:
         refused = [(path, await load(http, "mine", path)) for path in elsewhere]
-        wide, num_loaded = server.directory / "cold" / "wide", 0
-        shutil.copytree(server.directory / "wide", wide)
-        for num_loaded in range(50):
-            answer = await load(http, f"wide-{num_loaded}", "wide")
-            if answer.status_code != 200:
-                break
-        for number in range(num_loaded):
-            name = {"lora_name": f"wide-{number}"}
-            await http.post("/v1/unload_lora_adapter", json=name)
-        shutil.rmtree(wide)
     words = {one.json()["error"]["message"].replace(path, "") for path, one in refused}
-    seen = f"user {as_user}; {len(words)} message for {len(refused)} paths elsewhere; "
-    seen += f"{answer.status_code} after {num_loaded} loads"
-    return seen, (as_user, len(words), answer.status_code) == (403, 1, 507)
+    seen = f"user {as_user}; {len(words)} message for {len(refused)} paths elsewhere"
+    return seen, (as_user, len(words)) == (403, 1)
 
 
 async def many_adapters(server: Server) -> Outcome:
@@ -531,7 +519,6 @@ def prepare(directory: Path) -> None:
     for number in range(NUM_ADAPTERS):
         name = ("lora", "mixlora")[number % 2]
         shutil.copytree(directory / name, directory / "cold" / f"cold-{number}")
-    shutil.copytree(directory / "mixlora", directory / "wide")
     host.detach().save_pretrained(directory / "base")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory / "base")
@@ -546,9 +533,7 @@ def served(scale: float = 1.0) -> Iterator[Server]:
         directory = Path(folder)
         prepare(directory)
         hub_address = f"http://127.0.0.1:{hub.getsockname()[1]}"
-        size = (directory / "wide" / "adapter_model.safetensors").stat().st_size
-        options = ("--adapter-root", "cold", "--max-adapter-bytes", str(MAX_LOADED * size))
-        server = Server(directory, hub_address, *options)
+        server = Server(directory, hub_address, "--adapter-root", "cold")
         server.scale = scale
         try:
             yield server

@@ -218,22 +218,6 @@ async def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
         await adapters.load("../x", str(saved / "lora"))
 
 
-@in_loop
-async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
-    own = host.adapters["own"]  # a LoRA as that of the directory
-    size = sum(one.numel() * one.element_size() for one in own.state_dict().values())
-    adapters = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
-    async with using(adapters, "lora"):
-        await adapters.load("more", str(saved / "lora"))
-        with pytest.raises(RequestError, match="'late' does not fit next to those in use"):
-            await adapters.load("late", str(saved / "lora"))
-        assert set(host.adapters) == {"own", "lora", "more"}
-    await adapters.load("late", str(saved / "lora"))  # in place of the one that nobody uses now
-    assert set(host.adapters) == {"own", "more", "late"}
-    await adapters.load("late", str(saved / "lora"), replace=True)  # not counted beside itself
-    assert set(host.adapters) == {"own", "more", "late.2"}
-
-
 class FakeHost(Host):
     """A host that computes nothing."""
 

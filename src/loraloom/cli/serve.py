@@ -38,8 +38,6 @@ class ServeOptions(HostOptions):
     max_adapters: Annotated[int, Section.LIMITS] = Field(default=8, ge=1)
     """Keep at most N adapters of --adapter-dir loaded, and one more for each API key that would
     otherwise have none while others use all."""
-    max_adapter_bytes: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=1)
-    """Keep at most N bytes of adapters loaded. Default: no limit."""
     host: Annotated[str, Section.SERVER] = "127.0.0.1"
     """Listen on this address. One that other machines can reach requires API keys."""
     port: Annotated[int, Section.SERVER] = Field(default=8000, ge=0, le=65535)
@@ -172,7 +170,6 @@ def _prepare(
         options.adapter_dir,
         options.max_adapters,
         engine.forget,
-        max_bytes=options.max_adapter_bytes,
         max_waiting=options.max_waiting,
         base_aliases=aliases,
     )

@@ -91,7 +91,6 @@ class ServedAdapters:
     directory: Path | None = None
     max_lazy: int = 8
     on_removed: Callable[[Adapter], object] = lambda adapter: None
-    max_bytes: int | None = None
     max_waiting: int = EngineLimits.max_waiting
     base_aliases: Sequence[str] = ()
 
@@ -402,34 +401,12 @@ class ServedAdapters:
 
     def _put(self, adapter: LoadedAdapter, sender: str) -> None:
         """Let an adapter answer from now on, in place of the former one of its name."""
-        self._make_room_for(adapter)
         former = self._served.pop(adapter.name, None)
         self._served[adapter.name] = adapter
         self._broken.pop(adapter.name, None)
         _note("loaded" if former is None else "reloaded", adapter, sender)
         if former is not None:
             self._let_go(former)
-
-    def _make_room_for(self, new: LoadedAdapter) -> None:
-        """Let unused adapters of the directory go until all fit the memory, or else the new one."""
-        if self.max_bytes is None:  # adding up takes long
-            return
-        former = self._served.get(new.name)  # goes at once if nobody uses it
-        sizes: Counter[str] = Counter()
-        for name, adapter in self.host.adapters.items():
-            sizes[name] = sum(tensor.nbytes for tensor in adapter.state_dict().values())
-        if former is not None and not former.users:
-            sizes[str(former.host_name)] = 0
-        while sum(sizes[name] for name in self.host.adapters) > self.max_bytes:
-            unused = [adapter for adapter in self._idle() if adapter is not former]
-            if not unused:
-                self._remove(new)
-                raise RequestError(
-                    f"adapter {shown(new.name)} does not fit next to those in use: the limit for "
-                    f"all is {self.max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
-                    "adapter_memory",
-                )
-            self._evict(unused[0])
 
     def _evict(self, adapter: LoadedAdapter) -> None:
         _note("evicted", adapter, "others")

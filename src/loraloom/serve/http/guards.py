@@ -45,7 +45,6 @@ _STATUS = {
     "broken_adapter": 500,
     "timeout": 504,
     "stopping": 503,
-    "adapter_memory": 507,
 }
 
 
