@@ -177,7 +177,7 @@ def test_a_usual_schema_stays_usable():
         compiler = GrammarCompiler(build_tokenizer(), 300, [2])
         constraint = asyncio.run(compiler.compile(grammar, ""))
         assert constraint.allowed(300).sum() > 0
-        # the second time, neither a process nor a thread is needed
+        # the second time, no process is needed
         compiler.close()
         assert asyncio.run(compiler.compile(grammar, "")) is constraint
         assert compiler._process is None

@@ -6,11 +6,11 @@ Axes: V vocabulary.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
+import multiprocessing
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 from urllib.parse import unquote
 
@@ -28,8 +28,9 @@ MAX_DEPTH = 200
 MAX_CHARACTERS = 200_000
 # Seconds after which a process that compiles is killed, however little it could compute.
 _MAX_WAIT_S = 30
-# Grammars whose outcome is kept: clients send the same schema with each request.
+# Grammars whose outcome is kept.
 _NUM_KEPT = 64
+_PROCESSES = multiprocessing.get_context("spawn")
 # Python's own way of writing JSON; where any space is allowed, small models never end.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -105,16 +106,12 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_tokens = end_tokens
         self._line = Preparations(num_threads=1)  # apart, as this may take long
-        self._outcomes: dict[str, JsonConstraint | str] = {}
-        self._process: subprocess.Popen[str] | None = None
+        # clients send the same schema with each request
+        self._outcome = lru_cache(_NUM_KEPT)(self._compile)
+        self._process: BaseProcess | None = None
 
     async def compile(self, grammar: str, tenant: str) -> JsonConstraint:
-        outcome = self._outcomes.pop(grammar, None)
-        if outcome is None:
-            outcome = await self._line.run(tenant, partial(self._compile_once, grammar))
-        self._outcomes[grammar] = outcome  # as the latest
-        if len(self._outcomes) > _NUM_KEPT:
-            del self._outcomes[next(iter(self._outcomes))]
+        outcome = await self._line.run(tenant, partial(self._outcome, grammar))
         if isinstance(outcome, str):
             raise ConfigError(f"the JSON schema can't be used: {outcome}")
         return outcome
@@ -122,7 +119,8 @@ class GrammarCompiler:
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
+            self._process.join()
+            self._pipe.close()
             self._process = None
 
     @cached_property
@@ -138,49 +136,37 @@ class GrammarCompiler:
     def _tokenizer(self) -> Any:  # takes a second
         return llguidance.LLTokenizer(**self._settings)
 
-    def _compile_once(self, grammar: str) -> JsonConstraint | str:
-        outcome = self._outcomes.get(grammar)
-        if outcome is None:
-            outcome = self._outcomes[grammar] = self._compile(grammar)
-        return outcome
-
     def _compile(self, grammar: str) -> JsonConstraint | str:
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", trial.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-                start_new_session=True,  # Ctrl-C is the server's
-            )
-            if not self._ask(self._settings):
-                raise RuntimeError("the process that compiles grammars can't be started")
-        answer = self._ask(grammar)
-        if not answer:
+            self._start_process()
+        fault = self._ask(grammar)
+        if fault is None:
             return "it is too complex to compile; use fewer properties, or simpler patterns"
-        if answer != "\n":
-            return answer.strip()
+        if fault:
+            return fault
         return JsonConstraint(trial.compile_grammar(self._tokenizer, grammar))
 
-    def _ask(self, value: object) -> str:
-        """The process's answer to a line; none if it died."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(_MAX_WAIT_S, process.kill)
-        timer.start()
-        try:
-            process.stdin.write(f"{json.dumps(value)}\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        timer.cancel()
-        if not answer:
-            self.close()
-        return answer
+    def _start_process(self) -> None:
+        self._pipe, child_pipe = _PROCESSES.Pipe()
+        arguments = [child_pipe, self._settings]
+        self._process = _PROCESSES.Process(target=trial.answer, args=arguments, daemon=True)
+        self._process.start()
+        child_pipe.close()  # so that its end is seen
+        if self._receive() is None:
+            raise RuntimeError("the process that compiles grammars can't be started")
+
+    def _ask(self, grammar: str) -> str | None:
+        """Why a grammar can't be used, or an empty text; None if the process died of it."""
+        with suppress(OSError):
+            self._pipe.send(grammar)
+        return self._receive()
+
+    def _receive(self) -> str | None:
+        with suppress(EOFError, OSError):
+            if self._pipe.poll(_MAX_WAIT_S):
+                return self._pipe.recv()
+        self.close()
+        return None
 
 
 @dataclass

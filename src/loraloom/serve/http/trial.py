@@ -1,17 +1,17 @@
-"""Compile grammars in a process that may die of them, run as a script that imports little else.
+"""Compile grammars in a process that may die of them.
 
 A chain of references in a JSON schema overflows the stack of llguidance, and a multiple of a large
-number takes gigabytes, whatever limits it has. The input is lines of JSON: the arguments of a
-tokenizer, and then grammars. A line answers each: why it can't be used, or an empty text.
+number takes gigabytes, whatever limits it has. This module imports little else.
 """
 
-import json
 import math
+import os
 import re
-import sys
+import signal
 import threading
 import time
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,24 @@ def _bound_process() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard_bytes))
 
 
-def _answer() -> None:
-    tokenizer = llguidance.LLTokenizer(**json.loads(sys.stdin.readline()))
-    print(flush=True)  # ready
-    for line in sys.stdin:
-        with suppress(ImportError, OSError, ValueError):  # not on every system
-            _bound_process()
-        matcher = compile_grammar(tokenizer, json.loads(line))
-        matcher.compute_logit_bias()
-        print(reason(matcher), flush=True)
-
-
-if __name__ == "__main__":
+def answer(pipe: Connection, settings: dict[str, Any]) -> None:
+    """Answer each grammar with why it can't be used, or an empty text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crash is an answer, and not for the log
     threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=_answer)
+    thread = threading.Thread(target=_answer, args=[pipe, settings])
     thread.start()
     thread.join()
+
+
+def _answer(pipe: Connection, settings: dict[str, Any]) -> None:
+    tokenizer = llguidance.LLTokenizer(**settings)
+    pipe.send("")  # ready
+    with suppress(EOFError):  # when the server has ended
+        while True:
+            grammar = pipe.recv()
+            with suppress(ImportError, OSError, ValueError):  # not on every system
+                _bound_process()
+            matcher = compile_grammar(tokenizer, grammar)
+            matcher.compute_logit_bias()
+            pipe.send(reason(matcher))
