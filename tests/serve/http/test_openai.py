@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import shutil
 import time
 from typing import Any
@@ -200,24 +199,6 @@ def test_echo_without_new_tokens_scores_the_prompt_alone(client):
     assert (unscored.text, unscored.logprobs) == ("the sky", None)
     with pytest.raises(openai.BadRequestError, match="max_tokens must be at least 1, or echo true"):
         client.completions.create(model="lora", prompt="the sky", max_tokens=0)
-
-
-def test_offsets_are_where_tokens_begin_in_the_text(client):
-    settings: Any = {"model": "lora", "max_tokens": 30, "temperature": 0, "logprobs": 0}
-    prompt = "the sky: blé 🐦 or red"
-    (echoed,) = client.completions.create(prompt=prompt, echo=True, **settings).choices
-    (plain,) = client.completions.create(prompt=prompt, **settings).choices
-    chunks = client.completions.create(prompt=prompt, stream=True, **settings)
-    pieces = [(plain.text, chunk.choices[0].logprobs) for chunk in chunks]
-    for parts in ([(echoed.text, echoed.logprobs)], [(plain.text, plain.logprobs)], pieces):
-        held = [
-            (text, token, place)
-            for text, logprobs in parts
-            for token, place in zip(logprobs.tokens, logprobs.text_offset, strict=True)
-            if not re.search("\ufffd|<.*>|bytes:", token)  # parts of characters and special tokens
-        ]
-        assert len(held) > 10
-        assert all(text.startswith(token, place) for text, token, place in held)
 
 
 def test_the_base_model_has_the_names_that_it_is_served_by(host, tokenizer, saved, tmp_path):

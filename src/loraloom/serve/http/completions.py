@@ -2,8 +2,6 @@
 
 import asyncio
 import secrets
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,9 +17,6 @@ from loraloom.serve.http.exchange import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
 from loraloom.serve.http.tools import CallStream
-
-# Characters of whose tokens none has a whole one, before a token whose text is looked for.
-_MAX_LAG = 64
 
 
 class ChatExchange(Exchange):
@@ -100,7 +95,6 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
     _prompts: list[list[int]]
-    _lengths: Counter[int]  # of the texts that were told
 
     @override
     def grammar(self) -> None:
@@ -117,7 +111,6 @@ class TextExchange(Exchange):
                 f"a request may have at most {max_completions} completions, got "
                 f"{num_completions}; request fewer at once"
             )
-        self._lengths = Counter()
         self._prompts = []
         for text in body.prompts:
             self._prompts.append(await self.prepare(self._encode, text))
@@ -180,26 +173,10 @@ class TextExchange(Exchange):
                 tops.append({text_of(token): _finite(value) for token, value in reversed(top)})
             choice["logprobs"] = {
                 "tokens": tokens,
-                "text_offset": text_offsets(tokens, piece.text, self._lengths[index]),
                 "token_logprobs": log_probs,
                 "top_logprobs": tops,
             }
-        self._lengths[index] += len(piece.text)
         return choice | self.told(index, piece)
-
-
-def text_offsets(tokens: Sequence[str], text: str, start: int) -> list[int]:
-    """Where tokens begin in an answer, of which `start` characters came before this text."""
-    offsets: list[int] = []
-    end = 0
-    for token in tokens:
-        # special tokens and parts of characters are not in the text, and have no length
-        is_part = "\N{REPLACEMENT CHARACTER}" in token or token.startswith("bytes:")
-        begin = -1 if is_part else text.find(token, end, end + len(token) + _MAX_LAG)
-        offsets.append(start + max(begin, end))
-        if begin >= 0:
-            end = begin + len(token)
-    return offsets
 
 
 def chat_prompt(body: ChatBody, adapter: RowAdapter = None, *, is_foreign: bool = True) -> Prompt:
