@@ -85,28 +85,21 @@ def test_faults_of_a_run_file_come_with_its_name(show, tmp_path):
     assert error.startswith(f"error: {tmp_path / 'run.yaml'}:\n  jobs.0.data: unknown key 'formt'")
 
 
-def test_a_path_that_says_preference_makes_no_pairs(directory, tmp_path, capsys):
-    (tmp_path / "preferences.jsonl").write_text('{"text": "the sky"}\n')
-    data = {"dataset": str(tmp_path / "preferences.jsonl"), "format": "text"}
-    run = {"base_model": str(directory / "base"), "jobs": [{"data": data}]}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    assert main(["data", "show", str(tmp_path / "run.yaml")]) == 0
-
-
 def test_a_row_that_is_dropped_is_shown_as_such(show):
     assert "chats: chat.jsonl, row 2: dropped, because the answer exceeds max_length" in show()
 
 
-def test_all_rows_of_a_run_file_of_data_alone_are_checked_and_counted(directory, tmp_path, capsys):
+def test_all_rows_of_a_run_file_are_checked_and_counted(directory, tmp_path, capsys):
     rows = [{"instruction": f"Say {n}", "output": "" if n in (5, 7) else "blue"} for n in range(9)]
     rows += [{"instruction": "Say 1", "output": "blue"}, {"instruction": 1, "output": "blue"}]
     name = f"{'rows_of_a_long_name' * 5}.jsonl"
     data = {"dataset": write_rows(tmp_path / name, *rows), "format": "instruction"}
-    run = {"base_model": str(directory / "base"), "jobs": [{"data": data}]}
+    job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 1}, "data": data}
+    run = {"base_model": str(directory / "base"), "output_dir": "out", "jobs": [job]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--rows", "1"]) == 2
     shown = capsys.readouterr()
-    assert re.search(rf"job1: {name} +11 +2 +0 +0 +1 +0 +1 *\n", shown.out)
+    assert re.search(rf"a: {name} +11 +2 +0 +0 +1 +0 +1 *\n", shown.out)
     assert "3 of 11 rows can't be used:\n  lines 6, 8: field 'output' is empty" in shown.err
     assert "\n  line 11: field 'instruction' must be a string, got 1" in shown.err
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--set", "jobs.0.data.on_empty=skip"])

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter, validators
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters import CONFIGS
 from loraloom.base.loading import load_tokenizer
 from loraloom.cli.options import Sets
 from loraloom.config.data import SourceConfig
@@ -32,14 +31,13 @@ def show(
 ) -> None:
     """Check and count all rows of a run file, and print the first as tokens, ^ under the loss.
 
-    The run file must set base_model and each job's data. All unusable rows are listed at the end.
-    For streams, only the first --rows rows are checked.
+    All unusable rows are listed at the end. For streams, only the first --rows rows are checked.
 
     Args:
         run_file: YAML file with a base model and jobs.
         rows: Print the first N rows of each source.
     """
-    run = load_run_config(run_file, overrides, _filled_in)
+    run = load_run_config(run_file, overrides)
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens are separated by |; ^ marks tokens in the loss.")
@@ -69,20 +67,6 @@ def show(
     print_tables(console, [table])
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
-
-
-def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
-    # what data does not depend on: a run file may be checked before it has methods and rates
-    jobs: Any = settings.get("jobs")
-    for index, job in enumerate(jobs if isinstance(jobs, list) else ()):
-        if isinstance(job, dict):
-            train: dict[str, Any] = {"max_steps": 1}
-            if "'format': 'preference'" in str(job.get("data")):  # a mix's source too
-                train["objective"] = {"name": "dpo"}
-            name = f"job{index + 1}"
-            adapter = {"method": CONFIGS[0].model_fields["method"].default}
-            jobs[index] = {"name": name, "adapter": adapter, "train": train, **job}
-    return {"output_dir": "out", **settings}
 
 
 def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceConfig) -> list[str]:

@@ -5,7 +5,7 @@ A field's docstring is its help text. Names are transformers' and trl's. A step 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -467,13 +467,11 @@ adapters.take_entries("loraloom.objectives", lambda config, package: register_ob
 
 
 def load_run_config(
-    source: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> RunConfig:
     is_file = not isinstance(source, Mapping)
     settings = read_settings(source, "a run file") if is_file else dict(source)
-    settings = reduce(apply_override, overrides, fill_in(settings))
+    settings = reduce(apply_override, overrides, settings)
     origin = f"{source}:\n  " if is_file else "the run: "
     return checked(RunConfig, settings, origin=origin, other_names=_other_names())
 
