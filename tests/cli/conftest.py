@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraloom.generation import loading
+from loraloom.base import loading
 from tests.generation.saved import save_tiny
 
 
@@ -14,10 +14,10 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Run a command that is one error before the base model is loaded; give the error."""
+    """Run a command that is one error before weights of the base model are read; give the error."""
 
     def refused(run, words, **options):
-        monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(loading, "_read_model", lambda *_, **__: pytest.fail("loaded"))
         assert run(*words.split(), **options) in (2, None)
         error = capsys.readouterr().err
         assert error.startswith("error: ")

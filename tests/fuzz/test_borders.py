@@ -249,7 +249,7 @@ def test_options(words):
 
     argv = [part for option, value in words for part in (f"--{option}", str(value))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loraloom.cli.generate.check_sources", read)
+        patch.setattr("loraloom.cli.generate.load_host", read)
         assert cli.main(["generate", "--base-model", "x", "--prompt", "x", *argv]) == 2
 
 

@@ -5,7 +5,6 @@ from loraloom.errors import ConfigError
 from loraloom.generation import loading
 from loraloom.generation.loading import load_host
 from tests.generation.saved import save_tiny
-from tests.tiny import tiny_ids
 
 
 def model(path):
@@ -15,16 +14,6 @@ def model(path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("saved"))
-
-
-def test_a_host_has_its_adapters_by_name(saved):
-    adapters = {"a": str(saved / "mixlora"), "b": str(saved / "lora")}
-    host, tokenizer = load_host(model(saved / "base"), adapters)
-    assert list(host.adapters) == ["a", "b"]
-    assert len(tokenizer) == host.config.vocab_size
-    logits = host(tiny_ids(1).repeat(3, 1), adapters=[None, "a", "b"]).logits
-    assert not logits[0].allclose(logits[1])
-    assert not logits[1].allclose(logits[2])
 
 
 def test_a_containers_limit_bounds_the_memory(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, is_task
 from loraloom.errors import ConfigError
 from loraloom.formats.raw_files import refuse_to_overwrite
-from loraloom.generation.loading import check_sources, load_host
+from loraloom.generation.loading import load_host
 from loraloom.generation.router import RouterFit, fit_router
 from loraloom.host.host import Host
 from loraloom.terminal import make_console, make_table, print_tables
@@ -102,7 +102,6 @@ def combine(
         raise ConfigError(f"--weight must be NAME=NUMBER: {error}") from None
     if not options.overwrite:
         refuse_to_overwrite(output)
-    check_sources(options, adapters)
     host, tokenizer = load_host(options, adapters)
     combined = "combined"
     while combined in adapters:

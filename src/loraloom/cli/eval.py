@@ -24,8 +24,10 @@ from loraloom.eval.held_out import describe_rows, load_held_out
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.score import Scorer
 from loraloom.eval.statistics import Pair, choose_pairs
+from loraloom.formats.files import read_stored
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.generation.loading import check_sources, load_host
+from loraloom.formats.raw_files import find_adapter
+from loraloom.generation.loading import load_host
 from loraloom.terminal import make_console, print_tables
 
 # Options that only some kinds of evaluation read.
@@ -113,7 +115,7 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
         prepare_output(path, "--output")
     prepare_output(run.per_question, "--per-question")
     pairs = choose_pairs(run.scored, run.compare)
-    stored = check_sources(run, run.adapters)
+    stored = {name: read_stored(find_adapter(path)) for name, path in run.adapters.items()}
     if run.harness:
         evaluation, lines = _evaluate_harness(run, stored)
     else:

@@ -10,7 +10,7 @@ from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig, Dtype
 from loraloom.errors import ConfigError
 from loraloom.exports import model as exporting
-from loraloom.generation.loading import check_sources, load_host
+from loraloom.generation.loading import load_host
 
 
 class ExportOptions(BaseModelConfig):
@@ -37,7 +37,6 @@ def export(adapter: str, *, options: Annotated[ExportOptions, Parameter(name="*"
         name = check_name(Path(adapter).name)
     adapters = {name: adapter}
     model = options.model_copy(update={"dtype": "float32"})
-    check_sources(model, adapters)
     host, tokenizer = load_host(model, adapters)
     written = exporting.export(
         host, tokenizer, name, options.output, options.to, dtype=options.dtype

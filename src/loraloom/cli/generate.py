@@ -19,7 +19,7 @@ from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.generate import complete, make_requests
-from loraloom.generation.loading import check_sources, load_host
+from loraloom.generation.loading import load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.host.choice import describe_choice
@@ -79,7 +79,6 @@ def generate(
     --raw, --template and --chat-template apply to all models.
     """
     rows, prompts = zip(*_read(options), strict=True)
-    check_sources(options, options.adapters)
     num_done = _count_done(options, rows)
     host, tokenizer = load_host(options, options.adapters)
     form = given_form(tokenizer, options.template, options.chat_template)

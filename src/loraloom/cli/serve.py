@@ -16,7 +16,7 @@ from loraloom.config.data import PromptForm
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import given_source
 from loraloom.errors import ConfigError
-from loraloom.formats.raw_files import CONFIG_FILE
+from loraloom.formats.raw_files import CONFIG_FILE, find_adapter
 from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
@@ -122,8 +122,10 @@ def _serve(options: ServeOptions, keys: list[str], admin_keys: list[str]) -> Non
             '"loraloom[serve]"'
         ) from None
     bound_memory()
-    loading.check_sources(options, options.adapters)
-    # the socket comes first, so that a port in use is an error before minutes of loading
+    # adapters and the socket come first, so that a wrong path or a port in use is an error before
+    # minutes of loading
+    for path in options.adapters.values():
+        find_adapter(path)
     with listen(options.host, options.port) as sock:
         preparing = start_apart(_prepare, options, sock)
         engine, adapters, tokenizer, tool_form = preparing.result()

@@ -8,8 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.base.loading import find_device, find_source, load_base_model
-from loraloom.base.quantization import check_quantization
+from loraloom.base.loading import load_base_model
 from loraloom.config.model import BaseModelConfig
 from loraloom.devices import free_device_bytes, has_separate_memory
 from loraloom.errors import ConfigError
@@ -22,14 +21,6 @@ from loraloom.host.host import Host, attach
 CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> dict[str, StoredAdapter]:
-    """Find what can be found wrong before the base model is loaded, and read adapters' files."""
-    find_source(model.base_model)
-    find_device(model.device)
-    check_quantization(model.quantization)
-    return {name: read_stored(find_adapter(path)) for name, path in adapters.items()}
-
-
 def load_host(
     model: BaseModelConfig,
     adapters: Mapping[str, str | StoredAdapter],
@@ -37,6 +28,10 @@ def load_host(
     device: str | None = None,
     sharded: bool = False,
 ) -> tuple[Host, PreTrainedTokenizerBase]:
+    stored = {}  # first, as the base model takes long
+    for name, source in adapters.items():
+        is_read = isinstance(source, StoredAdapter)
+        stored[name] = source if is_read else read_stored(find_adapter(source))
     base, tokenizer = load_base_model(
         model.base_model,
         model.dtype,
@@ -46,11 +41,8 @@ def load_host(
         sharded=sharded,
     )
     host = attach(base)
-    for name, source in adapters.items():
-        if isinstance(source, StoredAdapter):
-            host.load_stored(name, source)
-        else:
-            host.load(name, source)
+    for name, adapter in stored.items():
+        host.load_stored(name, adapter)
     return host, tokenizer
 
 

@@ -202,17 +202,13 @@ def read_prompts(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
-    tool_form: PromptForm | None = None,
 ) -> list[tuple[list[int], str | None, Choice]]:
     """Choose what answers prompts, and encode them in its form, or one that is given."""
-    encode = partial(encode_for_choice, host, tokenizer, raw=raw, tool_form=tool_form)
+    encode = partial(encode_for_choice, host, tokenizer, raw=raw)
     # none are needed where nothing is chosen
     ids = [encode(prompt) if is_routed(host, prompt.adapter) else [] for prompt in prompts]
     choices = host.choose(ids, [prompt.adapter for prompt in prompts])
-    forms = [
-        form or form_for(host, choice.adapter, tool_form if prompt.uses_tools else None)
-        for prompt, choice in zip(prompts, choices, strict=True)
-    ]
+    forms = [form or form_for(host, choice.adapter) for choice in choices]
     return [
         (*encode_prompt(tokenizer, prompt, prompt_form, raw=raw), choice)
         for prompt, prompt_form, choice in zip(prompts, forms, choices, strict=True)
