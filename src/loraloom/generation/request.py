@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters.routed.choice import Choice
 from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import LoraloomError
-from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
+from loraloom.generation.sampling import JsonConstraint, SamplingConfig, TextStream, TokenChooser
 from loraloom.host.decoding import Decoding
 from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
@@ -46,14 +46,6 @@ class Share(NamedTuple):
     owner: str
 
 
-@runtime_checkable
-class Constraint(Protocol):
-    """What tokens may follow one another, such as those of a JSON schema."""
-
-    def allowed(self, num_tokens: int) -> Tensor: ...  # [V] of booleans on the CPU
-    def accept(self, token: int) -> bool: ...  # whether the text is complete
-
-
 @dataclass(frozen=True)
 class GenerationRequest:
     """A completion to make."""
@@ -72,7 +64,7 @@ class GenerationRequest:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_end: bool = False
-    constraint: Constraint | None = None
+    constraint: JsonConstraint | None = None
     """What tokens may follow; it belongs to this request alone."""
     tells_routing: bool = False
     turn_end: str | None = ""

@@ -6,8 +6,11 @@ A row's random numbers come from the seed and the row's own key, so what is draw
 not depend on the prompts beside it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -17,6 +20,7 @@ from transformers.generation import logits_process as hf
 from typing_extensions import override
 
 from loraloom.config.fields import StrictModel
+from loraloom.errors import ConfigError
 from loraloom.host.host import Host
 from loraloom.ops.dropout import sample_key
 
@@ -87,6 +91,29 @@ class TokenChooser:
             draws = torch.empty_like(scores).exponential_(generator=self._generator)
             scores = scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()
         return int(scores.argmax())
+
+
+@dataclass
+class JsonConstraint:
+    """The tokens that may follow in one completion, by a matcher of llguidance."""
+
+    matcher: Any
+
+    def copy(self) -> JsonConstraint:
+        return JsonConstraint(self.matcher.deep_copy())
+
+    def allowed(self, num_tokens: int) -> Tensor:
+        """Whether each token may follow, [V] on the CPU."""
+        biases = bytearray(self.matcher.compute_logit_bias())
+        allowed = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
+        return torch.nn.functional.pad(allowed, (0, num_tokens - len(allowed)))
+
+    def accept(self, token: int) -> bool:
+        """Add a token, and say whether the text is complete."""
+        if not self.matcher.consume_token(token):
+            fault = self.matcher.get_error().partition("\n")[0]
+            raise ConfigError(f"the JSON schema can't be kept: {fault}")
+        return self.matcher.is_stopped()
 
 
 def end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -29,12 +29,12 @@ from loraloom.generation.request import (
     Share,
     log_failure,
 )
-from loraloom.generation.sampling import SamplingConfig, end_tokens
+from loraloom.generation.sampling import JsonConstraint, SamplingConfig, end_tokens
 from loraloom.host.choice import describe_choice, is_routed
 from loraloom.host.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
-from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
+from loraloom.serve.http.grammars import GrammarCompiler
 from loraloom.serve.http.guards import MODEL, TENANT, USAGE, ApiOptions, answer_to
 from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody

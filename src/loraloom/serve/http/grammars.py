@@ -1,25 +1,20 @@
-"""Answers that keep to a JSON schema, or call a tool: grammars, checked before they are compiled.
-
-Axes: V vocabulary.
-"""
+"""Answers that keep to a JSON schema, or call a tool: grammars, checked before they compile."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 from urllib.parse import unquote
 
 import llguidance
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import ConfigError
+from loraloom.generation.sampling import JsonConstraint
 from loraloom.serve.http import trial
 from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import ChatBody
@@ -167,23 +162,3 @@ class GrammarCompiler:
                 return self._pipe.recv()
         self.close()
         return None
-
-
-@dataclass
-class JsonConstraint:
-    """The tokens that may follow in one completion."""
-
-    matcher: Any
-
-    def copy(self) -> JsonConstraint:
-        return JsonConstraint(self.matcher.deep_copy())
-
-    def allowed(self, num_tokens: int) -> Tensor:
-        biases = bytearray(self.matcher.compute_logit_bias())
-        allowed = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
-        return torch.nn.functional.pad(allowed, (0, num_tokens - len(allowed)))
-
-    def accept(self, token: int) -> bool:
-        if not self.matcher.consume_token(token):
-            raise ConfigError(f"the JSON schema can't be kept: {trial.reason(self.matcher)}")
-        return self.matcher.is_stopped()
