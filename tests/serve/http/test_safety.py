@@ -14,13 +14,10 @@ import httpx2
 import openai
 import pytest
 
-from loraloom.errors import ConfigError, DataError, not_finite
-from loraloom.generation.prompts import encode_prompt
+from loraloom.errors import ConfigError, not_finite
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.completions import chat_prompt
 from loraloom.serve.http.exchange import as_events
 from loraloom.serve.http.guards import answer_to
-from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.server import listen
 from loraloom.serve.process import LineFormatter
 from tests.serve.http.in_process import BASE, serving
@@ -350,17 +347,6 @@ def test_addresses_that_can_not_be_used_are_errors():
             listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match="can't listen on no such host:0"):
         listen("no such host", 0)
-
-
-def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypatch):
-    body = CHAT | {"tools": [{"type": "function", "function": {"name": "paint"}}]}
-    assert encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
-    with pytest.raises(DataError, match="drops the tools; serve with --tool-template hermes"):
-        encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
-    assert encode_prompt(
-        tokenizer, chat_prompt(ChatBody.model_validate(body | {"tool_choice": "none"}))
-    )
 
 
 def test_what_fails_in_a_stream_is_told_and_in_the_log(caplog):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from loraloom.serve.http.completions import chat_prompt
+from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.tools import CallStream, parse_calls
 
 NAMES = {
@@ -122,3 +124,10 @@ def test_parameters_in_tags_have_the_types_of_the_schema():
     }
     wrong = "<tool_call><function=paint><parameter=layers>many</parameter></function></tool_call>"
     assert json.loads(parse_calls(wrong, NAMES)[1][0].arguments) == {"layers": "many"}
+
+
+def test_tools_that_may_not_be_called_are_left_out_of_the_prompt():
+    tools = [{"type": "function", "function": {"name": "paint"}}]
+    body = {"model": "lora", "messages": [{"role": "user", "content": "one"}], "tools": tools}
+    assert chat_prompt(ChatBody.model_validate(body)).tools == tools
+    assert chat_prompt(ChatBody.model_validate(body | {"tool_choice": "none"})).tools is None
