@@ -34,14 +34,6 @@ JOB = {
     ("changes", "lines"),
     [
         (
-            {"start_from": 5},
-            ["start_from must be a valid string, got 5", "start_from must be a mapping, got 5"],
-        ),
-        (
-            {"start_from": {"a": "x"}},
-            ["start_from must be a valid string, got", "start_from.a must be a valid number"],
-        ),
-        (
             {"adapter": {"method": "lora", "target_modules": [5]}},
             ["adapter.target_modules must be 'all-l", "adapter.target_modules.0 must be a valid"],
         ),

@@ -96,7 +96,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs.1.adapter.method=dora", "write method: lora with weight_decomposition: true"),
         ("jobs.1.adapter.method=mixlor", "got 'mixlor'; did you mean 'mixlora'?"),
         ("jobs.1.adapter=lora", "jobs.1.adapter must be a mapping, got 'lora'"),
-        ("jobs.1.start_from=''", "jobs.1: start_from must name an adapter, got ''"),
+        ("jobs.1.start_from=''", "jobs.1.start_from must have at least 1 character, got ''"),
         ("jobs.1.adapter.rank=1.5", "jobs.1.adapter.rank must be a valid integer, got"),
         ("jobs.1.adapter.dropout=1", "jobs.1.adapter.dropout must be less than 1, got 1"),
         ("jobs.1.adapter.alpha=.inf", "jobs.1.adapter.alpha must be a finite number, got inf"),

@@ -114,23 +114,6 @@ def test_a_routed_job_starts_from_files_whose_experts_are_written_otherwise(tmp_
     load_start(host, host.add("new", again), str(tmp_path / "auto"))
 
 
-def test_a_job_starts_from_a_sum_of_loras(tmp_path):
-    host, ids = toy_host(), torch.arange(6)[None]
-    for name, rank in (("a", 2), ("b", 3)):
-        randomise(host.add(name, LoraConfig(rank=rank, alpha=4)), rank)
-        host.save(name, tmp_path / name)
-    start = {str(tmp_path / "a"): 0.7, str(tmp_path / "b"): -0.5}
-    load_start(host, host.add("new", LoraConfig(rank=5, alpha=20)), start)
-    total, new = (host(ids, adapters=[name]).logits for name in ("a:0.7+b:-0.5", "new"))
-    torch.testing.assert_close(new, total)
-    for name, config, message in (
-        ("rank", LoraConfig(rank=4), r"projections and \{'rank': 5\}, got rank 4"),
-        ("dora", METHODS["dora"], "a job with method: lora, got DoRA"),
-    ):
-        with pytest.raises(LoraloomError, match=message):
-            load_start(host, host.add(name, config), start)
-
-
 PLAIN, RAW = (PromptForm(format="instruction", template="plain"), PromptForm(format="preference"))
 CHAT = PromptForm(format="chat")
 PLAIN_PAIRS = {"format": "preference", "template": "plain"}

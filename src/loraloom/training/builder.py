@@ -5,7 +5,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.contract import Adapter, AdapterConfig
-from loraloom.adapters.extra_modules import own_parts, refuse_own_parts
-from loraloom.adapters.tensor_names import TensorKey
-from loraloom.adapters.weighted_sum import check_is_lora, concatenate
+from loraloom.adapters.extra_modules import own_parts
 from loraloom.base.loading import load_tokenizer
 from loraloom.config.data import PromptForm, SourceConfig
 from loraloom.data.encoding import prompt_form
@@ -133,16 +130,16 @@ class JobBuilder:
                 if config.train.packing:
                     host.packing.check()
                 adapter = host.add(config.name, config.adapter, config.seed)
-                starts: list[StoredAdapter] = []
+                start = None
                 if config.start_from is not None:
-                    starts = load_start(host, adapter, config.start_from)
+                    start = load_start(host, adapter, config.start_from)
                 reference = objectives.load_reference(host, config.train.objective)
                 training_set, form = self._data.training_set(config)
                 adapter.prompt = form
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
                 questions = {task: self._data.questions(task) for task in config.eval}
                 learner = Learner(adapter, config.train, make_loss_scale(host))
-                warnings = list(_form_warnings(starts, form))
+                warnings = list(_form_warnings(start, form))
                 return Job(config, learner, training_set, reference, questions, warnings)
         except BaseException:
             for name in host.adapters.keys() - before:
@@ -226,60 +223,25 @@ def _check_lengths(
         )
 
 
-def _form_warnings(starts: Sequence[StoredAdapter], form: PromptForm) -> Iterator[str]:
-    for start in starts:
-        learned = start.prompt
-        if learned is None or "text" in (learned.format, form.format):  # no prompts
-            continue
-        is_equal = learned == form.model_copy(update={"system": learned.system})
-        if is_equal or (learned.is_text and form.is_text):
-            continue
-        before = shown(learned.model_dump(exclude_none=True))
-        now = shown(form.model_dump(exclude_none=True))
-        yield (
-            f"start_from {start.source} learned prompts of form {before}, but this job's have "
-            f"{now}; training continues, far from what that adapter learned; write the data in "
-            "its form (data.template, data.chat_template)"
-        )
+def _form_warnings(start: StoredAdapter | None, form: PromptForm) -> Iterator[str]:
+    learned = None if start is None else start.prompt
+    if learned is None or "text" in (learned.format, form.format):  # no prompts
+        return
+    is_equal = learned == form.model_copy(update={"system": learned.system})
+    if is_equal or (learned.is_text and form.is_text):
+        return
+    before = shown(learned.model_dump(exclude_none=True))
+    now = shown(form.model_dump(exclude_none=True))
+    yield (
+        f"start_from {start.source} learned prompts of form {before}, but this job's have "
+        f"{now}; training continues, far from what that adapter learned; write the data in "
+        "its form (data.template, data.chat_template)"
+    )
 
 
-def load_start(
-    host: Host, adapter: Adapter, start: str | Mapping[str, float]
-) -> list[StoredAdapter]:
-    """Load the weights of an adapter, or of a sum, and return what was read."""
-    if isinstance(start, str):
-        stored = read_stored(find_adapter(start))
-        _load_weights(host, adapter, stored, start)
-        return [stored]
-    stored = [read_stored(find_adapter(path)) for path in start]
-    _load_sum(host, adapter, stored, start)
-    return stored
-
-
-def _load_sum(
-    host: Host, adapter: Adapter, stored: Sequence[StoredAdapter], start: Mapping[str, float]
-) -> None:
-    sources = [fit_to_base(source, host.base) for source in stored]
-    config, tensors = concatenate(sources, list(start.values()))
-    names = ", ".join(start)
-    check_is_lora(adapter.config, f"a sum to start_from, {names}, needs a job with method: lora")
-    refuse_own_parts(adapter.config, "a job", "start from a sum")
-    shapes = {name: tensor.shape for name, tensor in adapter.tensors().items()}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        ranks = config.model_dump(include={"rank_pattern"}, exclude_defaults=True)
-        needed = {"rank": config.rank, **ranks}
-        raise ConfigError(
-            f"start_from a sum requires a job with the adapters' projections and {needed}, got "
-            f"rank {adapter.config.rank} for {names}"
-        )
-    for name, tensor in tensors.items():
-        key = TensorKey.parse(name)
-        if key is not None and key.part == "lora_B":
-            tensor /= adapter.config.scaling_of(replace(key, part=""))
-    adapter.load_tensors(tensors)
-
-
-def _load_weights(host: Host, adapter: Adapter, source: StoredAdapter, path_or_hub_id: str) -> None:
+def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> StoredAdapter:
+    """Load the weights of an adapter, and return what was read."""
+    source = read_stored(find_adapter(path_or_hub_id))
     stored_config, tensors = fit_to_base(source, host.base)
     job = _compatible_settings(adapter.config, host)
     stored = _compatible_settings(stored_config, host)
@@ -291,6 +253,7 @@ def _load_weights(host: Host, adapter: Adapter, source: StoredAdapter, path_or_h
         reason = "; ".join(differences)
         raise ConfigError(f"start_from {path_or_hub_id} differs from the job: {reason}")
     adapter.load_tensors(tensors)
+    return source
 
 
 def _compatible_settings(config: AdapterConfig, host: Host) -> dict[str, Any]:

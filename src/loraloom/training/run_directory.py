@@ -130,9 +130,8 @@ class RunDirectory:
 
     def _sources(self, job: JobConfig, names: Container[str]) -> Iterator[tuple[str, str]]:
         """Yield the adapters that a job reads, each with the setting that names it."""
-        starts = [job.start_from] if isinstance(job.start_from, str) else job.start_from or ()
-        for start in starts:
-            yield "start_from", start
+        if job.start_from is not None:
+            yield "start_from", job.start_from
         for expert in sources_of(job.adapter).values():
             yield "adapter.experts", str(self.job(expert)) if expert in names else expert
         objective = job.train.objective

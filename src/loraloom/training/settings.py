@@ -265,9 +265,8 @@ class JobConfig(StrictModel):
     """Share of the tokens relative to other jobs, if max_tokens_per_step limits steps."""
     adapter: adapters.AnyAdapterConfig
     """Method and size of the adapter."""
-    start_from: str | dict[str, float] | None = None
-    """Adapter to start from, by directory or Hub ID, of the same method and size; or several LoRAs
-    with weights, whose ranks together are the job's: their sum. null for new."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Adapter to start from, by directory or Hub ID, of the same method and size; null for new."""
     data: DataConfig
     """Training and validation data."""
     train: TrainConfig
@@ -277,8 +276,6 @@ class JobConfig(StrictModel):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        if self.start_from in ("", {}):
-            yield f"start_from must name an adapter, got {self.start_from!r}; remove start_from"
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
             yield f"train.router_lr_ratio requires routers, which {self.adapter.title} lacks"
         train, has_pairs = self.train, self.train.objective.learns_from_pairs
