@@ -61,8 +61,10 @@ def test_faults_are_listed_with_code_2(run_file, capsys):
 
 def test_the_jobs_of_a_sweep_are_listed_and_the_rest_is_the_same_run(run_file, tmp_path, capsys):
     overrides = [
-        "jobs.0.data.validation_fraction=0.1",
-        "sweep={job: a, parameters: {train.learning_rate: [1e-4, 1e-3]}}",
+        "jobs=[]",
+        "sweep.job={name: a, adapter: {method: lora}, train: {max_steps: 4}}",
+        "sweep.job.data={task: skills, validation_fraction: 0.1}",
+        "sweep.parameters={train.learning_rate: [1e-4, 1e-3]}",
     ]
     words = [word for one in overrides for word in ("--set", one)]
     assert main(["config", "show", str(run_file), *words]) == 0

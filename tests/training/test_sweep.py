@@ -22,7 +22,7 @@ from tests.training.toy import read_result
 RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
 
 
-def sweep_run(inputs, output_dir, jobs=(), eval_steps=None, max_steps=9, **settings) -> RunConfig:
+def sweep_run(inputs, output_dir, eval_steps=None, max_steps=9, **settings) -> RunConfig:
     """A sweep over the learning rate of the `plain` job, in batches that are cut in two."""
     run = run_settings(inputs, output_dir)
     plain = run["jobs"][0]
@@ -32,7 +32,7 @@ def sweep_run(inputs, output_dir, jobs=(), eval_steps=None, max_steps=9, **setti
         "parameters": {"train.learning_rate": RATES},
         "early_stopping": {"asha": {"min_steps": 2, "reduction_factor": 2}},
     }
-    return RunConfig.model_validate({**run, "jobs": list(jobs), "sweep": sweep | settings})
+    return RunConfig.model_validate({**run, "jobs": [], "sweep": sweep | settings})
 
 
 def read_csv(directory):
@@ -78,14 +78,6 @@ def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
     assert (result.status, result.steps) == ("stopped", 2)
     assert "is not among the best after step 2" in result.stop_reason
     assert (halved / lost["name"] / "adapter_model.safetensors").exists()
-
-
-def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
-    jobs = run_settings(inputs, tmp_path)["jobs"]
-    run = sweep_run(inputs, tmp_path, jobs, max_steps=2, job="plain", early_stopping=None)
-    results = train(run)
-    assert [result.job for result in results] == ["mixture", *(t.name for t in run.trials)]
-    assert {result.status for result in results} == {"finished"}
 
 
 def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):

@@ -3,11 +3,11 @@ from datetime import date
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from loraloom.adapters import LoraConfig
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError
-from loraloom.training.settings import JobConfig, RunConfig, SftConfig, load_run_config
+from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 RATES = [1e-4, 3e-4]
@@ -22,15 +22,15 @@ def sweep(**settings):
     return {"job": TEMPLATE, "parameters": {"train.learning_rate": RATES}, **settings}
 
 
-def run(jobs=(), **settings):
-    base = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": list(jobs)}
+def run(**settings):
+    base = {"base_model": "smollm2-135m", "output_dir": "runs/a"}
     return RunConfig.model_validate({**base, "sweep": sweep(**settings)})
 
 
-def faults(tmp_path, jobs=(), **settings):
+def faults(tmp_path, **settings):
     """The message about a faulty run file, without its first line."""
     path = tmp_path / "run.yaml"
-    base = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": list(jobs)}
+    base = {"base_model": "smollm2-135m", "output_dir": "runs/a"}
     path.write_text(yaml.safe_dump({**base, "sweep": sweep(**settings)}, sort_keys=False))
     with pytest.raises(ConfigError) as error:
         load_run_config(path)
@@ -66,14 +66,6 @@ def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():
     assert TEMPLATE["adapter"]["rank"] == 8
 
 
-def test_a_named_job_is_the_template_and_does_not_train_itself():
-    train = {"max_steps": 24, "objective": SftConfig()}
-    of_classes = JobConfig(**TEMPLATE | {"adapter": LoraConfig(rank=8), "train": train}, name="a")
-    config = run([of_classes, {**TEMPLATE, "name": "b"}], job="a")
-    assert [job.name for job in config.all_jobs] == ["b", "a-000-0.0001", "a-001-0.0003"]
-    assert config.trials[0].adapter == config.jobs[0].adapter
-
-
 PARAMETERS = {
     "train.learning_rate": {"log_uniform": [1e-5, 1e-2]},
     "adapter.dropout": {"uniform": [0.1, 0.2]},
@@ -84,7 +76,7 @@ PARAMETERS = {
 
 def draw(number: int, seed: int = 0):
     config = {"parameters": PARAMETERS, "search": {"random": number, "seed": seed}}
-    config = SweepConfig.model_validate({"job": "a", **config})
+    config = SweepConfig.model_validate({"job": TEMPLATE, **config})
     return [
         {path: parameter_value(drawn) for path, drawn in combination.items()}
         for combination in config.combinations()
@@ -134,7 +126,7 @@ SWEEP_FAULTS = [
     ({"parameters": {"adapter.rnak": [1]}}, "adapter: unknown key 'rnak'; did you mean 'rank'?"),
     ({"parameters": {"adapter.rank": [8, 0]}}, "sweep.job: adapter.rank must be greater than or"),
     ({"parameters": {"adapter.rank": [0, -1]}}, "sweep.job: adapter.rank must be greater than or"),
-    ({"job": "b"}, "sweep.job must be settings or the name of a job: 'b'"),
+    ({"job": "b"}, "sweep.job must be a mapping, got 'b'"),
     ({"job": {**TEMPLATE, "name": "a/b"}}, "sweep.job: name must be a safe file name"),
     ({"search": "gird"}, "search must be grid, {random: how many, seed: 0} or {tpe: how many, s"),
     ({"search": {"random": 0}}, "search.random must be greater than or equal to 1, got 0"),
@@ -165,11 +157,11 @@ def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
     assert message in line
 
 
-def test_names_of_jobs_must_be_free(tmp_path):
-    (line,) = faults(tmp_path, [{**TEMPLATE, "name": "Sweep-001-0.0003"}])
-    assert line.endswith("must be unique, also in a sweep, got 'sweep-001-0.0003' again")
-    (line,) = faults(tmp_path, [{**TEMPLATE, "name": name} for name in ("sweep-001", "sweep-x")])
-    assert line.endswith("must not start like the sweep's, got 'sweep-001'; rename the job")
+def test_a_run_has_jobs_or_a_sweep():
+    jobs = [{**TEMPLATE, "name": "a"}]
+    settings = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": jobs}
+    with pytest.raises(ValidationError, match="a run must set jobs or sweep, not both"):
+        RunConfig.model_validate({**settings, "sweep": sweep()})
 
 
 def test_a_name_is_a_safe_file_name_whatever_the_values_are():

@@ -93,12 +93,8 @@ def train(
         ray_workers=options.ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    if run.sweep is not None:  # which prints its ranking
-        shown = [result for result in results if not run.sweep.owns(result.job)]
-    else:
-        shown = results
-    if shown:
-        print_tables(console, [_results_table(shown)])
+    if results and run.sweep is None:  # which prints its ranking
+        print_tables(console, [_results_table(results)])
     command = generate_command(run, results)
     if command is not None:
         console.print(f"\nGenerate with:\n  {command}", soft_wrap=True)

@@ -78,6 +78,8 @@ def train(
         run = load_run_config(run)
     if not run.jobs and run.sweep is None and watch is None:
         raise ConfigError("a run must set jobs (at least one) or sweep")
+    if run.sweep is not None and watch is not None:
+        raise ConfigError("sweep and --watch exclude each other; start two runs")
     launch = read_launch()
     if progress is None or launch.rank > 0:
         progress = Progress(notebook_console() if launch.rank == 0 else None)

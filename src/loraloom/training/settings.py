@@ -359,7 +359,7 @@ class RunConfig(BaseModelConfig):
     jobs: tuple[JobConfig, ...] = ()
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = None
-    """Many versions of a job, trained in the same steps."""
+    """Many versions of a job, trained in the same steps; in place of jobs."""
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -378,10 +378,8 @@ class RunConfig(BaseModelConfig):
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"job names must be unique, also in a sweep, got {name!r} again"
         if self.sweep is not None:
-            neighbours = [job.name for job in self.jobs if job.name != self.sweep.job]
-            for name in filter(self.sweep.owns, neighbours):
-                if names.count(name.casefold()) == 1:
-                    yield f"job names must not start like the sweep's, got {name!r}; rename the job"
+            if self.jobs:
+                yield "a run must set jobs or sweep, not both; train them in two runs"
             stopping = self.sweep.early_stopping
             if stopping and stopping.median and any(not j.train.eval_steps for j in self.trials):
                 yield "sweep.early_stopping.median requires train.eval_steps"
@@ -401,7 +399,7 @@ class RunConfig(BaseModelConfig):
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> JobConfig:
         assert self.sweep is not None
-        settings: Any = self.sweep.template(self.jobs)
+        settings: Any = self.sweep.job
         for path, drawn in combination.items():
             origin = f"parameters.{path}"
             settings = set_setting(settings, path.split("."), parameter_value(drawn), origin)
@@ -410,15 +408,13 @@ class RunConfig(BaseModelConfig):
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:
-        """Those that train: the sweep's, without its template, come last."""
-        template = None if self.sweep is None else self.sweep.job
-        return (*(job for job in self.jobs if job.name != template), *self.trials)
+        return self.jobs or self.trials
 
     @property
     def first_jobs(self) -> tuple[JobConfig, ...]:
-        num_first = 0 if self.sweep is None else self.sweep.num_concurrent
-        later = {job.name for job in self.trials[num_first:]}
-        return tuple(job for job in self.all_jobs if job.name not in later)
+        if self.sweep is None:
+            return self.jobs
+        return self.trials[: self.sweep.num_concurrent]
 
 
 # The unions of all methods and objectives are part of the models, so they are built again.

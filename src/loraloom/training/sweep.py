@@ -71,7 +71,7 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
 def data_parameters(run: RunConfig) -> list[str]:
     """Parameters whose values decide on which rows the sweep's metric is measured."""
     assert run.sweep is not None
-    data = run.sweep.template(run.jobs).get("data", {})
+    data = run.sweep.job.get("data", {})
     section = "data"
     if run.sweep.metric.endswith("/accuracy"):  # of a task under eval
         section = "eval"
@@ -145,8 +145,7 @@ class Sweep:
         self._lock = FileLock(self._directory.sweep_lock)
         self._written: list[dict[str, Any]] = []
         for job in self.engine.jobs.values():
-            if self._sweep.owns(job.name):
-                self._prepare(job)
+            self._prepare(job)
         for trial, name in self._share_of_trials():
             if trial.state.is_finished():
                 self.engine.recall(name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, product, repeat, takewhile
 from operator import mul
 from types import ModuleType
@@ -135,8 +135,8 @@ _by_form = Discriminator(
 class SweepConfig(StrictModel):
     """Many versions of one job, with different values of some settings."""
 
-    job: str | dict[str, Any]
-    """Settings of a job, or the name of one of `jobs`, which the sweep replaces."""
+    job: dict[str, Any]
+    """Settings of the job."""
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Settings of the job, such as train.learning_rate, and the values of each: a list; or, except
     for a grid search, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
@@ -160,33 +160,12 @@ class SweepConfig(StrictModel):
         elif self.num_jobs > MAX_JOBS:
             yield f"search grid must give at most {MAX_JOBS} jobs, got {self.num_jobs}; {take}"
 
-    def template(self, jobs: Sequence[Any]) -> dict[str, Any]:
-        """Return the settings of the job that is varied, one of a run's jobs if it has a name."""
-        if not isinstance(self.job, str):
-            return self.job
-        template = next((job for job in jobs if job.name == self.job), None)
-        if template is None:
-            raise ConfigError(f"sweep.job must be settings or the name of a job: {self.job!r}")
-        settings = template.model_dump(mode="json", exclude_unset=True)
-        # Unset where Python's classes say it.
-        settings["adapter"]["method"] = template.adapter.method
-        settings["train"].setdefault("objective", {})["name"] = template.train.objective.name
-        return settings
-
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
-        """Name of a job: the template's, its number, and its values as far as there is room."""
+        """Name of a job: `job`'s, its number, and its values as far as there is room."""
         values = map(format_drawn, combination.values())
         safe = (re.sub("[^A-Za-z0-9.-]+", "_", value).strip("_")[:24] for value in values)
-        return "-".join([self._numbered(number), *filter(None, safe)])[:100].rstrip("-._")
-
-    def owns(self, name: str) -> bool:
-        """Whether a job of that name is one of the sweep's, also one that is not drawn yet."""
-        prefixes = [f"{self._numbered(number).casefold()}-" for number in range(self.num_jobs)]
-        return f"{name.casefold()}-".startswith(tuple(prefixes))
-
-    def _numbered(self, number: int) -> str:
-        template = self.job if isinstance(self.job, str) else self.job.get("name") or "sweep"
-        return f"{template}-{number:03}"
+        numbered = f"{self.job.get('name') or 'sweep'}-{number:03}"
+        return "-".join([numbered, *filter(None, safe)])[:100].rstrip("-._")
 
     @property
     def num_jobs(self) -> int:

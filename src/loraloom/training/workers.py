@@ -126,16 +126,14 @@ def _train_shares(
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
-    jobs = list(run.all_jobs)
-    max_workers = len(jobs)
+    max_workers = len(run.jobs)
     show = None
     if run.sweep is not None:
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
-        max_workers = max(len(run.jobs), run.sweep.max_concurrent or run.sweep.num_jobs)
+        max_workers = run.sweep.max_concurrent or run.sweep.num_jobs
         study = open_study(run, directory, None)  # before workers look for combinations in it
         show = partial(show_ranking, run, study, directory, progress)
-        jobs = [job for job in jobs if not run.sweep.owns(job.name)]
     num_workers = min(num_workers, max_workers) if num_workers else None
     size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     size = min(size, max_workers)
@@ -146,7 +144,7 @@ def _train_shares(
     calls = {}
     for number in range(size):
         share = (number, size)
-        call = task.remote(run, jobs[number::size], share, Path.cwd(), command, queue)
+        call = task.remote(run, run.jobs[number::size], share, Path.cwd(), command, queue)
         calls[call] = number
     results, faults = _follow(ray, calls, queue, progress)
     if show is not None:
