@@ -170,22 +170,6 @@ def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
     assert all("nowhere.jsonl" in text for text in told)
 
 
-@pytest.mark.parametrize(
-    "stopping",
-    [{"hyperband": {"min_steps": 2, "reduction_factor": 2}}, {"median": {"min_jobs": 1}}],
-    ids=["hyperband", "median"],
-)
-def test_other_pruners_stop_jobs_and_the_best_is_trained_to_its_end(inputs, tmp_path, stopping):
-    settings = {"parameters": {"train.learning_rate": RATES[:4]}, "early_stopping": stopping}
-    run = sweep_run(inputs, tmp_path, eval_steps=2, max_steps=6, max_concurrent=2, **settings)
-    results = {result.job: result for result in train(run)}
-    assert {result.status for result in results.values()} == {"finished", "stopped"}
-    assert read_csv(tmp_path)[0]["status"] == "finished"
-    stopped = [one for one in results.values() if one.status == "stopped"]
-    assert all("is not among the best after step" in one.stop_reason for one in stopped)
-    assert all(one.steps < 6 for one in stopped)
-
-
 PARAMETERS = {
     "train.learning_rate": FloatDistribution(1e-5, 1e-1, log=True),
     "data.template": CategoricalDistribution(['"[INST] {{ a }} [/INST]"']),

@@ -380,9 +380,6 @@ class RunConfig(BaseModelConfig):
         if self.sweep is not None:
             if self.jobs:
                 yield "a run must set jobs or sweep, not both; train them in two runs"
-            stopping = self.sweep.early_stopping
-            if stopping and stopping.median and any(not j.train.eval_steps for j in self.trials):
-                yield "sweep.early_stopping.median requires train.eval_steps"
             common = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
             if self.sweep.metric not in common:
                 yield (

@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 from filelock import FileLock
-from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -27,7 +27,7 @@ from loraloom.training.job import Job, metric_mode
 from loraloom.training.reporting import Progress
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
-from loraloom.training.sweep_settings import SweepStoppingConfig, format_drawn
+from loraloom.training.sweep_settings import format_drawn
 
 _STATUS = {
     TrialState.RUNNING: "running",
@@ -45,12 +45,16 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
         cut_torn_line(journal, journal_bytes)
         # A killed process leaves Optuna's lock, for which the next one would wait half a minute.
         Path(f"{journal}.lock").unlink(missing_ok=True)
+    pruner = NopPruner()
+    if run.sweep.early_stopping is not None:
+        halving = run.sweep.early_stopping.asha
+        pruner = SuccessiveHalvingPruner(halving.min_steps, halving.reduction_factor)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal))),
         study_name="sweep",
         direction="minimize" if metric_mode(run.sweep.metric) == "min" else "maximize",
         load_if_exists=True,
-        pruner=NopPruner(),
+        pruner=pruner,
     )
     now = run.sweep.model_dump(mode="json", include={"metric", "parameters"})
     now["search"] = run.sweep.search_kind
@@ -182,15 +186,10 @@ class Sweep:
         return optuna.Trial(self._study, trial._trial_id)
 
     def _prepare(self, job: Job) -> None:
-        """Let a job be measured at its rungs, and brackets go up to the longest of the jobs."""
+        """Let a job be measured at its rungs."""
         stopping = self._sweep.early_stopping
-        if stopping is None:
-            return
-        # In the study, as jobs that have ended are not built again when a sweep is resumed.
-        longest = max(self._study.user_attrs.get("longest", 1), job.total_steps)
-        self._study.set_user_attr("longest", longest)
-        self._study.pruner = _pruner(stopping, longest)
-        job.milestones = frozenset(stopping.rungs(job.total_steps))
+        if stopping is not None:
+            job.milestones = frozenset(stopping.asha.rungs(job.total_steps))
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
         metric = self._sweep.metric
@@ -272,13 +271,3 @@ class Sweep:
                 raise  # what it needs to go on has changed, and may be put back
             self._study.tell(trial.number, state=TrialState.FAIL)
             self.progress.message(f"error: sweep: {name} cannot train: {error}")
-
-
-def _pruner(stopping: SweepStoppingConfig, longest: int) -> optuna.pruners.BasePruner:
-    if (rule := stopping.asha) is not None:
-        return SuccessiveHalvingPruner(rule.min_steps, rule.reduction_factor)
-    if (rule := stopping.hyperband) is not None:
-        return HyperbandPruner(rule.min_steps, max(longest, rule.min_steps), rule.reduction_factor)
-    if (rule := stopping.median) is not None:
-        return MedianPruner(rule.min_jobs, rule.min_steps)
-    return NopPruner()

@@ -91,37 +91,17 @@ class HalvingConfig(StrictModel):
     min_steps: int = Field(ge=1)
     """The first rung; the others are this times the powers of reduction_factor."""
 
-
-class MedianConfig(StrictModel):
-    """Stop a job whose best value is worse than the median of finished jobs at the same step."""
-
-    min_jobs: int = Field(default=5, ge=1)
-    """Number of jobs that must finish before any job is stopped."""
-    min_steps: int = Field(default=1, ge=1)
-    """No job is stopped before this step."""
+    def rungs(self, total_steps: int) -> list[int]:
+        """The rungs of a job of so many steps; at its last step there is nothing left to save."""
+        powers = accumulate(repeat(self.reduction_factor), mul, initial=self.min_steps)
+        return list(takewhile(lambda rung: rung < total_steps, powers))
 
 
 class SweepStoppingConfig(StrictModel):
-    """Early stopping of jobs: one of these."""
+    """Early stopping of jobs."""
 
-    asha: HalvingConfig | None = None
+    asha: HalvingConfig
     """Successive halving (Li et al. 2020, arXiv:1810.05934), in the form that stops jobs."""
-    hyperband: HalvingConfig | None = None
-    """The same in brackets with ever later first rungs (Li et al. 2018, JMLR 18(185))."""
-    median: MedianConfig | None = None
-    """Comparison with finished jobs."""
-
-    @override
-    def contradictions(self) -> Iterator[str]:
-        if [self.asha, self.hyperband, self.median].count(None) != 2:
-            yield "early_stopping must be one of asha, hyperband and median"
-
-    def rungs(self, total_steps: int) -> list[int]:
-        """The rungs of a job of so many steps; at its last step there is nothing left to save."""
-        if (halving := self.asha or self.hyperband) is None:
-            return []
-        powers = accumulate(repeat(halving.reduction_factor), mul, initial=halving.min_steps)
-        return list(takewhile(lambda rung: rung < total_steps, powers))
 
 
 # A fault of a plain union would name both members.
