@@ -154,20 +154,20 @@ def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
 
 
 def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
-    files = [str(inputs / "rows.jsonl"), str(tmp_path / "nowhere.jsonl")]
+    starts = [None, str(tmp_path / "nowhere")]
     shown = Spoken()
     run = sweep_run(
         inputs,
         tmp_path,
         max_steps=2,
-        parameters={"train.learning_rate": RATES[:2], "data.dataset": files},
+        parameters={"train.learning_rate": RATES[:2], "start_from": starts},
         early_stopping=None,
         max_concurrent=1,
     )
     assert [result.job[:9] for result in train(run, progress=shown)] == ["plain-000", "plain-002"]
     told = [text for text in shown.messages if text.startswith("error: sweep: plain-00")]
     assert len(told) == 2
-    assert all("nowhere.jsonl" in text for text in told)
+    assert all("nowhere" in text for text in told)
 
 
 PARAMETERS = {
@@ -184,43 +184,6 @@ def trial_of(curve: dict[int, float], state: str = "PRUNED") -> FrozenTrial:
         distributions=PARAMETERS,
         intermediate_values=curve,
     )
-
-
-def ranks_by_task(inputs, directory, **data):
-    """Rank jobs on two data sets, of which one is easier."""
-    files = {str(inputs / "rows.jsonl"): 1.0, str(directory / "easy.jsonl"): 0.1}
-    parameters = {"train.learning_rate": [1e-3, 1e-2], "data.dataset": [*files]}
-    run = sweep_run(inputs, directory, parameters=parameters, early_stopping=None)
-    run.sweep.job["data"].update(data)
-    study = optuna.create_study()
-    for combination in run.sweep.combinations():
-        loss = files[json.loads(combination["data.dataset"])]
-        study.add_trial(
-            create_trial(
-                value=loss + json.loads(combination["train.learning_rate"]),
-                params=combination,
-                distributions=run.sweep.distributions,
-            )
-        )
-    return run, study
-
-
-def test_jobs_that_are_measured_on_different_rows_are_ranked_apart(inputs, tmp_path):
-    run, study = ranks_by_task(inputs, tmp_path)
-    rows = rank_jobs(run, study)
-    assert [(row["rank"], row["eval/loss"]) for row in rows] == [
-        (1, 0.101), (2, 0.11), (1, 1.001), (2, 1.01)
-    ]  # fmt: skip
-    assert len({row["data.dataset"] for row in rows[:2]}) == 1
-    spoken = Spoken()
-    show_ranking(run, study, RunDirectory(tmp_path), spoken)
-    assert "are ranked separately for each data.dataset" in spoken.messages[1]
-
-
-def test_jobs_that_share_their_validation_data_are_ranked_together(inputs, tmp_path):
-    validation = {"dataset": str(inputs / "rows.jsonl"), "format": "text"}
-    run, study = ranks_by_task(inputs, tmp_path, validation=validation)
-    assert [row["rank"] for row in rank_jobs(run, study)] == [1, 2, 3, 4]
 
 
 def test_those_at_their_end_are_ahead_then_those_that_got_further(inputs, tmp_path):

@@ -145,6 +145,10 @@ SWEEP_FAULTS = [
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha.min_steps is required, but missing"),
+    (
+        {"parameters": {"data.task": ["a", "b"]}},
+        "must not change the rows that measure jobs",
+    ),
     ({"early_stopping": {}}, "early_stopping.asha is required, but missing"),
 ]
 
@@ -166,7 +170,8 @@ def test_a_run_has_jobs_or_a_sweep():
 def test_a_name_is_a_safe_file_name_whatever_the_values_are():
     values = [{"method": "lora", "target_modules": ["q_proj", "v_proj"]}, {"method": "mixlora"}]
     templates = ["[/INST] {{ instruction }}" * 20, "data/a b.jinja"]
-    data = {"dataset": "rows.jsonl", "format": "instruction", "validation_fraction": 0.1}
+    data = {"dataset": "rows.jsonl", "format": "instruction"}
+    data["validation"] = {"dataset": "held_out.jsonl", "format": "instruction"}
     long = {**TEMPLATE, "name": "n" * 90, "data": data}
     parameters = {"adapter": values, "data.template": templates}
     for template in (long, {**long, "name": "short"}):

@@ -7,7 +7,6 @@ single process that goes on from a snapshot cuts it back, and decides again what
 import math
 import random
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +71,8 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
     return study
 
 
-def data_parameters(run: RunConfig) -> list[str]:
-    """Parameters whose values decide on which rows the sweep's metric is measured."""
-    assert run.sweep is not None
-    data = run.sweep.job.get("data", {})
-    section = "data"
-    if run.sweep.metric.endswith("/accuracy"):  # of a task under eval
-        section = "eval"
-    elif isinstance(data, dict) and data.get("validation") and "data" not in run.sweep.parameters:
-        section = "data.validation"
-    return [path for path in run.sweep.parameters if f"{path}.".startswith(f"{section}.")]
-
-
 def rank_jobs(run: RunConfig, study: optuna.Study) -> list[dict[str, Any]]:
-    """Rank the jobs that have begun: those at their end first, then those that got further.
-
-    Jobs that are measured on different rows are ranked separately.
-    """
+    """Rank the jobs that have begun: those at their end first, then those that got further."""
     sweep = run.sweep
     assert sweep is not None
     rows: list[dict[str, Any]] = []
@@ -108,12 +92,8 @@ def rank_jobs(run: RunConfig, study: optuna.Study) -> list[dict[str, Any]]:
         further = -math.inf if row["status"] == "finished" else -row["steps"]
         return row["status"] == "failed", further, math.inf if value is None else sign * value
 
-    rankings: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=standing):
-        values = tuple(row.get(path) for path in data_parameters(run))
-        ranking = rankings.setdefault(values, [])
-        ranking.append(row | {"rank": len(ranking) + 1})
-    return list(chain(*rankings.values()))
+    rows.sort(key=standing)
+    return [row | {"rank": rank} for rank, row in enumerate(rows, 1)]
 
 
 def show_ranking(
@@ -123,12 +103,6 @@ def show_ranking(
     # Once more: of workers that wrote it at the same time, the last may have known less.
     write_output(directory.sweep_table, table.to_csv(index=False))
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
-    paths = data_parameters(run)
-    if paths:
-        progress.message(
-            f"note: jobs are ranked separately for each {', '.join(paths)}, because they are "
-            "measured on different rows; early stopping and tpe compared all jobs"
-        )
 
 
 @dataclass

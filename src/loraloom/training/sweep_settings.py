@@ -139,6 +139,23 @@ class SweepConfig(StrictModel):
             yield f"search grid requires lists, got a range for {', '.join(ranges)}; {take}"
         elif self.num_jobs > MAX_JOBS:
             yield f"search grid must give at most {MAX_JOBS} jobs, got {self.num_jobs}; {take}"
+        data_parameters = self._data_parameters()
+        if data_parameters:
+            yield (
+                "parameters must not change the rows that measure jobs, got "
+                f"{', '.join(data_parameters)}; set data.validation, or a task under eval and its "
+                "metric"
+            )
+
+    def _data_parameters(self) -> list[str]:
+        """Parameters whose values decide on which rows the metric is measured."""
+        data = self.job.get("data", {})
+        section = "data"
+        if self.metric.endswith("/accuracy"):  # of a task under eval
+            section = "eval"
+        elif isinstance(data, dict) and data.get("validation") and "data" not in self.parameters:
+            section = "data.validation"
+        return [path for path in self.parameters if f"{path}.".startswith(f"{section}.")]
 
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
         """Name of a job: `job`'s, its number, and its values as far as there is room."""
