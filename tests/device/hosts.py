@@ -14,13 +14,21 @@ from loraloom.training.step.batch import MicroBatch, Window
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.objectives import Reference, build_objective
 from tests.device.pretend import on_cpu
-from tests.tiny import ALL_METHODS, relative_error, tiny_host, tiny_model
+from tests.tiny import ALL_METHODS, changed, relative_error, tiny_host, tiny_model
 from tests.training.toy import PAD_ID, toy_examples, toy_pairs
+
+# All methods, some of them with extra trainable modules.
+CONFIGS = ALL_METHODS | {
+    "dora": changed(ALL_METHODS["dora"], modules_to_save=("lm_head", "norm")),
+    "mixlora": changed(
+        ALL_METHODS["mixlora"], trainable_token_indices=(3, 5), modules_to_save=("lm_head",)
+    ),
+}
 
 
 def hosts_on(
     device: torch.device,
-    configs: Mapping[str, AdapterConfig] = ALL_METHODS,
+    configs: Mapping[str, AdapterConfig] = CONFIGS,
     family: str = "llama",
     **sizes: Any,
 ) -> tuple[Host, Host]:
