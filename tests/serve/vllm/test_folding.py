@@ -110,12 +110,25 @@ class StackedLinear(torch.nn.Module):
         self.lora_b_stacked = tuple(B.unsqueeze(1) for _, B in loras)
         self.n_slices, self.output_slices = len(loras), outputs
         self.punica_wrapper = SimpleNamespace(
-            no_lora=False, _token_lora_indices=adapters, add_shrink=self._add_shrink
+            no_lora=False,
+            _token_lora_indices=adapters,
+            add_shrink=self._add_shrink,
+            add_expand=self._add_expand,
         )
 
     def _add_shrink(self, buffer, x, stacked, scale):
         adapters = self.punica_wrapper._token_lora_indices.clamp_min(0)
         buffer += scale * torch.einsum("ti,tpsi->pts", x, torch.cat(stacked, 1)[adapters])
+
+    def _add_expand(self, output, low_rank, stacked, sizes, *, add_inputs):
+        assert add_inputs
+        adapters = self.punica_wrapper._token_lora_indices.clamp_min(0)
+        updates = [
+            torch.einsum("ts,tos->to", values, lora_B[:, 0][adapters])
+            for values, lora_B in zip(low_rank, stacked, strict=True)
+        ]
+        assert [update.shape[1] for update in updates] == sizes
+        output += torch.cat(updates, -1)
 
 
 BLOCKS: dict[str, MixtureFfn] = {}

@@ -87,7 +87,7 @@ class MixtureFfn(nn.Module):
         mixed = torch.where(has_columns.unsqueeze(-1), updated, gate_up)
         states = self.act_fn(mixed.flatten(0, 1))
         states = states.unflatten(0, (-1, len(x)))  # (K, T, F)
-        rank_space = _shrink_slots(self.down_proj, states)
+        rank_space = torch.stack([_shrink(self.down_proj, slot)[0] for slot in states])
         rank_space = torch.where(columns, rank_space, 0.0)
         # down-projection and mixing are linear, so slots are added up in front of both
         hidden = states * weights.to(states.dtype)
@@ -117,34 +117,14 @@ def _shrink(layer: Any, x: Tensor) -> Tensor:
     return buffer
 
 
-def _shrink_slots(layer: Any, states: Tensor) -> Tensor:
-    """The products of slots' states, [K, T, I], with each token's A, [K, T, S] float32."""
-    if not states.is_cpu:
-        return torch.stack([_shrink(layer, slot)[0] for slot in states])
-    lora_A = _of_tokens(layer.lora_a_stacked[0], layer, states.shape[1])
-    return torch.einsum("kti,tsi->kts", states, lora_A).float()
-
-
 def _expand_slots(layer: Any, output: Tensor, low_rank: Tensor) -> Tensor:
     """Add the products of slots' rank space, [K, P, T, S], with each token's B to an output."""
-    if not output.is_cpu:
-        slots = output.repeat(len(low_rank), 1, 1)
-        for slot, slot_low_rank in zip(slots, low_rank, strict=True):
-            layer.punica_wrapper.add_expand(
-                slot, slot_low_rank, layer.lora_b_stacked, layer.output_slices, add_inputs=True
-            )
-        return slots
-    updates = []
-    for slices, stacked in zip(low_rank.unbind(1), layer.lora_b_stacked, strict=True):
-        lora_B = _of_tokens(stacked, layer, len(output))
-        updates.append(torch.einsum("kts,tos->kto", slices.to(output.dtype), lora_B))
-    return output + torch.cat(updates, -1)
-
-
-def _of_tokens(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
-    """Each token's weights, as vLLM looks them up on a CPU, but once for all slots."""
-    adapters = _adapters(layer, num_tokens).clamp_min(0)
-    return stacked.squeeze(1).index_select(0, adapters)
+    slots = output.repeat(len(low_rank), 1, 1)
+    for slot, slot_low_rank in enumerate(low_rank):
+        layer.punica_wrapper.add_expand(
+            slots[slot], slot_low_rank, layer.lora_b_stacked, layer.output_slices, add_inputs=True
+        )
+    return slots
 
 
 def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
