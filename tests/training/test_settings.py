@@ -44,12 +44,6 @@ def test_every_optimizer_of_torch_and_every_scheduler_of_transformers_is_known()
     assert set(get_args(LrScheduler)) == {scheduler.value for scheduler in SchedulerType}
 
 
-def test_a_warmup_ratio_is_rounded_up_to_steps():
-    assert TrainConfig(num_epochs=1, warmup_ratio=0.1).warmup_steps_of(101) == 11
-    assert TrainConfig(num_epochs=1, warmup_steps=7).warmup_steps_of(101) == 7
-    assert TrainConfig(num_epochs=1).warmup_steps_of(101) == 0
-
-
 SMOOTHED = {"label_smoothing": 0.1}
 CONTRADICTIONS = [
     ({"num_epochs": None}, "train must set max_steps or num_epochs, got neither"),
