@@ -224,8 +224,10 @@ def _check_lengths(
 
 
 def _form_warnings(start: StoredAdapter | None, form: PromptForm) -> Iterator[str]:
-    learned = None if start is None else start.prompt
-    if learned is None or "text" in (learned.format, form.format):  # no prompts
+    if start is None or start.prompt is None:
+        return
+    learned = start.prompt
+    if "text" in (learned.format, form.format):  # no prompts
         return
     is_equal = learned == form.model_copy(update={"system": learned.system})
     if is_equal or (learned.is_text and form.is_text):
