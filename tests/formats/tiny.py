@@ -42,7 +42,7 @@ def llama_base(**changes) -> BaseInfo:
         "num_layers": 2,
         "hidden_size": 64,
         "num_parameters": 100_000,
-        "fingerprint": "0123456789abcdef",
+        "fingerprint": "v2-0123456789abcdef",
         "modules": {"model.embed_tokens": {"weight": (97, 64)}, "lm_head": {"weight": (97, 64)}},
         "embedding": "model.embed_tokens",
         "head": "lm_head",

@@ -189,12 +189,11 @@ def test_what_a_killed_run_left_on_its_way_is_deleted(tmp_path):
     assert [*(tmp_path / "out").rglob("*.writing")] == []
 
 
-def test_a_run_that_an_earlier_version_began_resumes_on_its_base_model_alone():
+def test_a_run_resumes_on_its_base_model_alone():
     host = toy_host()
-    first = host.base.first_fingerprint
-    for recorded in (first, host.base.fingerprint):
+    for recorded in (host.base.fingerprint, "0123456789abcdef"):  # as version 0.1.0 wrote it
         saved = describe_base(host) | {"fingerprint": recorded}
         check_same_run(Checkpoint(1, 1.5, saved, {}), [], describe_base(host, saved))
-    saved = describe_base(host) | {"fingerprint": "0123456789abcdef"}
-    with pytest.raises(ConfigError, match=r"base\.fingerprint was '0123456789abcdef'"):
+    saved = describe_base(host) | {"fingerprint": "v2-0123456789abcdef"}
+    with pytest.raises(ConfigError, match=r"base\.fingerprint was 'v2-0123456789abcdef'"):
         check_same_run(Checkpoint(1, 1.5, saved, {}), [], describe_base(host, saved))

@@ -23,6 +23,10 @@ BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
 InputGroups = tuple[tuple[str, ...], ...]
 
 
+# What fingerprints begin with; those of version 0.1.0 have another form.
+FINGERPRINT_FORM = "v2-"
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """W of a linear layer, or of a stack of experts, as a library keeps it, in fewer bits."""
@@ -345,12 +349,12 @@ class BaseInfo:
     head: str = ""  # their paths: of the input and the output embeddings
     ties_head: bool = False  # whether the two have one weight
     has_own_names: bool = True  # no other linear module of the model has a projection's name
-    first_fingerprint: str = ""
-    """The fingerprint in the form of earlier versions, whose adapters and checkpoints have it."""
 
     def has_fingerprint(self, recorded: str | None) -> bool:
-        """Whether a recorded fingerprint, of either form, is this model's."""
-        return recorded in (self.fingerprint, self.first_fingerprint)
+        """Whether a recorded fingerprint may be this model's; one of another form may."""
+        if recorded is None or not recorded.startswith(FINGERPRINT_FORM):
+            return recorded is not None
+        return recorded == self.fingerprint
 
     def layers_without_weights(self) -> list[BaseLayer]:
         """Describe the projections on the meta device, where an adapter's shapes are read off."""

@@ -29,7 +29,7 @@ from loraloom.base.blocks import (
     describe_blocks,
 )
 from loraloom.base.families import FfnNames
-from loraloom.base.fingerprint import fingerprint, first_fingerprint
+from loraloom.base.fingerprint import fingerprint
 from loraloom.base.quantization import is_linear, num_parameters, quantized_weight
 from loraloom.errors import ModelError, shown
 from loraloom.ops.gating import ActivationGating
@@ -322,8 +322,7 @@ def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -
         num_layers=len(layers),
         hidden_size=layers[0].hidden_size,
         num_parameters=num_parameters(model),
-        fingerprint=fingerprint(model, blocks, layers),
-        first_fingerprint=first_fingerprint(model, blocks, layers),
+        fingerprint=fingerprint(model, blocks, len(layers)),
         # of the first; some may be left in floating point
         quantization=quantized[0] if quantized else None,
         modules=_other_modules(model, layers_path, layers),
