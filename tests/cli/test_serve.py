@@ -64,6 +64,10 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved, monkey
             ["--allow-loading", "--no-api-key", "--host", "0.0.0.0"],
             "--allow-loading would let any client replace adapters; pass --admin-key-file",
         ),
+        (
+            ["--allow-loading", "--no-api-key", "--host", "0.0.0.0", "--engine", "vllm"],
+            "--allow-loading would let any client replace adapters; pass --api-key-file",
+        ),
         (["--admin-key-file", "k"], "--admin-key-file requires --allow-loading"),
         (["--max-adapters", "2"], "--max-adapters requires --adapter-dir"),
         (["--shared-prompt-cache"], "--shared-prompt-cache requires API keys"),

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import DirectoryPath, Field, StringConstraints
@@ -23,6 +24,12 @@ from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.adapter_cache import ServedAdapters
 from loraloom.serve.process import KeyFiles, LineFormatter, bound_memory, is_loopback, start_apart
 
+# Options that vLLM heeds too.
+_OF_BOTH = {
+    *("base_model", "adapter", "adapter_dir", "max_adapters", "host", "port", "api_key_file"),
+    *("no_api_key", "allow_loading", "cors_origin", "max_rows", "dtype", "engine"),
+    "served_model_name",
+}
 _HostName = Annotated[str, StringConstraints(pattern=r"^(\*\.)?[\w.-]+$|^\[[\da-fA-F:]+\]$")]
 _ModelName = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 
@@ -72,10 +79,15 @@ class ServeOptions(HostOptions):
     tool_template: Text | None = None
     """Use this chat template for requests with tools: hermes (for ChatML), a file or a Jinja
     string. Adapters trained with another template keep it."""
+    engine: Annotated[Literal["embedded", "vllm"], Section.SERVER] = "embedded"
+    """Serve with loraloom's engine, or with vLLM and loraloom's plug-in."""
 
     @override
     def contradictions(self) -> Iterator[str]:
-        if not self.allow_loading:
+        if self.engine == "vllm":
+            names = type(self).model_fields.keys() - _OF_BOTH
+            yield from self.misused(names, "is not supported with --engine vllm; remove the option")
+        elif not self.allow_loading:
             yield from self.misused(["admin_key_file", "adapter_root"], "requires --allow-loading")
         if self.adapter_dir is None:
             yield from self.misused(["max_adapters"], "requires --adapter-dir")
@@ -96,24 +108,31 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*"), Section.MODEL
         )
     if options.derived:
         raise ConfigError(
-            f"--adapter must be NAME=PATH here, got {options.derived[0]}; clients can request "
-            "a sum or an expert as `model` without declaration"
+            f"--adapter must be NAME=PATH here, got {options.derived[0]}; clients of the embedded "
+            "engine can request a sum or an expert as `model` without declaration"
         )
     if names := {*options.served_model_name} & {*options.adapters}:
         raise ConfigError(f"{min(names)!r} names the base model and an adapter; change one name")
     key_files = KeyFiles(options.api_key_file, options.admin_key_file)
     keys, admin_keys = key_files.keys
-    if options.allow_loading and not admin_keys and (keys or not is_local):
+    is_vllm = options.engine == "vllm"  # which has one kind of key
+    if options.allow_loading and not (keys if is_vllm else admin_keys) and (keys or not is_local):
         raise ConfigError(
-            "--allow-loading would let any client replace adapters; pass --admin-key-file FILE "
-            "with the keys that may load adapters"
+            "--allow-loading would let any client replace adapters; pass "
+            f"--{'api' if is_vllm else 'admin'}-key-file FILE with the keys that may load adapters"
         )
+    if is_vllm:
+        from loraloom.serve.vllm import serve_with_vllm
+
+        base = os.path.expanduser(options.base_model)
+        serve_with_vllm(options.model_copy(update={"base_model": base}), keys)
+        return
     key_files.watch()
-    _serve(options, keys, admin_keys)
+    _serve_embedded(options, keys, admin_keys)
 
 
-def _serve(options: ServeOptions, keys: list[str], admin_keys: list[str]) -> None:
-    try:  # packages of the extra `serve`
+def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str]) -> None:
+    try:  # packages of the extra `serve`, which vLLM does without
         from loraloom.serve.http.app import ApiOptions, create_app
         from loraloom.serve.http.server import Server, listen
     except ModuleNotFoundError as error:
