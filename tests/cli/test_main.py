@@ -54,9 +54,9 @@ def test_commands_import_only_what_they_need(tmp_path):
 
 
 def test_help_shows_defaults_that_say_something(capsys):
-    assert cli.main(["generate", "--help"]) == cli.main(["convert", "--help"]) == 0
+    assert cli.main(["chat", "--help"]) == cli.main(["convert", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert set(re.findall(r"\[default: (.*?)\]", text)) == {"auto", "16", "128", "0", "0.0", "1.0"}
+    assert set(re.findall(r"\[default: (.*?)\]", text)) == {"auto", "512", "0.7", "0", "1.0"}
     assert "that the files lack or that you want to change, PATH=VALUE: top_k=2" in text
 
 

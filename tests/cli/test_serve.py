@@ -9,15 +9,10 @@ import pytest
 
 from loraloom.cli.main import main
 from loraloom.serve.http.server import listen
-from tests.generation.saved import save_tiny
+from tests.cli.test_chat import saved as _saved
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A base model with a chat template and room for 64 tokens, and two adapters."""
-    return save_tiny(tmp_path_factory.mktemp("saved"), TEMPLATE, max_position_embeddings=64)
+saved = _saved
+"""A base model with a tokenizer, and two adapters."""
 
 
 def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved, monkeypatch, capsys):

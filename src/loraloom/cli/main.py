@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "report": ("report:report", "Write a run's results to one HTML page."),
     "generate": ("generate:generate", "Complete a prompt, or every prompt of a file."),
     "serve": ("serve:serve", "Serve the base model and its adapters with OpenAI's API."),
+    "chat": ("chat:chat", "Chat with the base model and its adapters."),
     "combine": ("combine:combine", "Combine several trained adapters into one."),
     "inspect": ("adapter:inspect", "Show an adapter's method and sizes."),
     "export": ("export:export", "Write an adapter for transformers, vLLM or llama.cpp."),

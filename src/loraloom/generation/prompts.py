@@ -32,6 +32,7 @@ class Prompt:
         origin: Source for error messages, for example a file and line.
         tools: JSON schemas of functions that the answer to a conversation may call.
         fields: Further fields for the adapter's prompt template, for example `input`.
+        last_alone: Whether only the last message is read if the form has no conversations.
         is_foreign: Whether control tokens in its texts are read as plain text.
     """
 
@@ -40,6 +41,7 @@ class Prompt:
     origin: str = "prompt"
     tools: list[dict[str, Any]] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    last_alone: bool = False
     is_foreign: bool = False
 
     @property
@@ -78,6 +80,9 @@ def encode_prompt(
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     if prompt.is_foreign:
         return _encode_foreign(tokenizer, prompt, form, raw=raw)
+    has_turns = tokenizer.chat_template if form is None else not form.is_text
+    if prompt.last_alone and not isinstance(prompt.content, str) and (raw or not has_turns):
+        prompt = replace(prompt, content=prompt.content[-1]["content"])
     is_plain = isinstance(prompt.content, str)
     if raw and (prompt.tools or not is_plain):
         raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")

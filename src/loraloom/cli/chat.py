@@ -1,0 +1,162 @@
+"""`loraloom chat`: talk to the base model and its adapters in the terminal."""
+
+import contextlib
+import math
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import Parameter
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
+from loraloom.errors import ConfigError, LoraloomError, shown
+from loraloom.generation.engine import Engine
+from loraloom.generation.generate import Conversation
+from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.scheduler import EngineLimits
+from loraloom.host.host import Host
+from loraloom.terminal import printed
+
+HELP = """\
+/adapter NAME ...  answer with these adapters or `base`, one after the other
+/reset             start a new conversation
+/quit              quit, as does Ctrl-D; Ctrl-C stops an answer
+A space before a slash sends it as a message."""
+
+# A word after a slash, unlike a path.
+_COMMAND = re.compile(r"/\w+(\s|$)")
+
+
+class ChatOptions(HostOptions):
+    """Who is talked to, and how prompts are written."""
+
+    system: Annotated[Text | None, Section.DATA] = None
+    """Use this system message. Default: the one that each adapter was trained with."""
+    raw: Annotated[bool, Section.DATA] = False
+    """Use each message as written, without a template."""
+
+
+class ChatSampling(SamplingConfig):
+    """How tokens are chosen, and when an answer ends."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Generate at most N tokens per answer."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Sample at this temperature; 0 always selects the most likely token."""
+    seed: Annotated[int, Parameter(show_default=False)] = Field(
+        default_factory=lambda: secrets.randbits(63), ge=0, lt=2**63
+    )
+    """Set the random seed. Default: a random seed."""
+
+
+def chat(
+    *,
+    options: Annotated[ChatOptions, Parameter(name="*"), Section.MODEL],
+    sampling: Annotated[ChatSampling, Parameter(name="*"), Section.SAMPLING] = ChatSampling(),
+) -> None:
+    """Chat with the base model and its adapters. Type /help to see how to switch between them.
+
+    Each adapter uses the prompt form of its training data, the base model its chat template.
+    """
+    check_sources(options, options.adapters)
+    host, tokenizer = load_host(options, options.adapters)
+    _check_system(options, host, tokenizer)
+    if not options.raw:
+        tell_unknown_prompts(host, tokenizer)
+    names = [BASE, *options.names]
+    for name in options.derived:
+        host.adapter(name)  # an error if there is none
+    limits = EngineLimits(
+        max_rows=len(names),
+        cache_tokens=default_cache_tokens(host, len(names)),
+        max_request_s=math.inf,
+    )
+    conversation = Conversation(
+        Engine(host, tokenizer, limits), tokenizer, options.system, raw=options.raw
+    )
+    models = names[-1:]
+    print(f"models: {', '.join(names)}; /help for commands")
+    while True:
+        line = _read_line(f"{' '.join(models)}> ")
+        if line.rstrip() == "/quit":
+            return
+        try:
+            command, *words = line.split() if line.startswith("/") else [""]
+            if command in ("/adapter", "/compare"):
+                models = _choose_models(host, names, command, words)
+            elif command == "/reset":
+                conversation.turns.clear()
+            elif command == "/help":
+                print(HELP)
+            elif _COMMAND.match(line):
+                raise ConfigError(
+                    f"unknown command {command}; type /help for the commands, or put a space "
+                    "before a message"
+                )
+            elif line.strip():
+                _answer(conversation, line if options.raw else line.strip(), models, sampling)
+        except LoraloomError as error:
+            print(f"error: {error}")
+
+
+def _check_system(options: ChatOptions, host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not options.system:
+        return
+    has_turns = bool(tokenizer.chat_template)
+    deaf = []
+    for name, adapter in host.adapters.items():
+        forms = [member.prompt for member in adapter.parts if member.prompt is not None]
+        has_turns = has_turns or not all(form.is_text for form in forms)
+        if adapter.prompt is not None and adapter.prompt.is_text:
+            deaf.append(name)
+    if options.raw or not has_turns:
+        raise ConfigError("--system requires a chat template; remove --system or --raw")
+    if deaf:
+        print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
+
+
+def _choose_models(
+    host: Host, names: Sequence[str], command: str, words: Sequence[str]
+) -> list[str]:
+    for word in filter(is_derived, words):
+        host.adapter(word)
+    unknown = [word for word in words if word not in names and not is_derived(word)]
+    if unknown or not words:
+        raise ConfigError(f"{command} requires {' or '.join(names)}, got {shown(words)}")
+    return list(dict.fromkeys(words))
+
+
+def _read_line(prompt: str) -> str:
+    # merely importing it lets lines be edited and called back; Windows has none
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return "/quit"
+
+
+def _answer(
+    conversation: Conversation, text: str, models: Sequence[str], sampling: SamplingConfig
+) -> None:
+    answering = None
+    answers = conversation.ask(text, models, sampling)
+    try:
+        for model, piece in answers:
+            chosen = conversation.chosen.get(model)
+            if model != answering and (len(models) > 1 or chosen):
+                if answering is not None:
+                    print()
+                print(f"[{model}, {chosen}]" if chosen else f"[{model}]")
+            answering = model
+            print(printed(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        answers.close()  # pyright: ignore[reportAttributeAccessIssue]
+        print()
