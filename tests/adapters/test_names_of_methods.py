@@ -7,7 +7,7 @@ import loraloom
 from loraloom.adapters import CONFIGS
 
 SOURCES = Path(loraloom.__file__).parent
-METHODS = (SOURCES / "adapters", SOURCES / "formats")
+METHODS = (SOURCES / "adapters", SOURCES / "formats", SOURCES / "exports/gguf.py")
 _SHARED = {
     *"choice combining contract experts extra_modules fitting low_rank projection prompt_router "
     "segment tensor_names weighted_sum".split()

@@ -15,6 +15,7 @@ from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.errors import AdapterError, ConfigError, FormatError
 from loraloom.formats.files import model_card
 from loraloom.training.settings import RunConfig
+from tests.conftest import build_tokenizer
 from tests.tiny import randomise, tiny_host, tiny_ids
 
 
@@ -82,6 +83,8 @@ def test_files_of_a_registered_method_are_read_back_where_it_is_known(
     monkeypatch.setattr(LoraProjection, "maps_rank_space", True)  # no weights stand for that
     with pytest.raises(AdapterError, match="must be without routers to be merged"):
         host.merge("a")
+    with pytest.raises(AdapterError, match="to be a GGUF adapter"):
+        loraloom.export(host, build_tokenizer(), "a", tmp_path / "a.gguf", "gguf")
     with pytest.raises(AdapterError, match="must be LoRAs, got Half"):
         host.combine(["a", "b"], [0.5, 0.5], name="both")
 

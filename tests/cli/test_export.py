@@ -24,9 +24,13 @@ def test_a_mixture_becomes_an_moe_checkpoint(saved, tmp_path, capsys):
     assert relative_error(loaded(ids).logits, host(ids, adapters=["a"]).logits) < 1e-4
 
 
-def test_a_lora_becomes_a_model(saved, tmp_path, capsys):
+def test_a_lora_becomes_a_model_or_a_gguf_adapter(saved, tmp_path, capsys):
     assert run(saved, "lora", tmp_path / "out", "--dtype", "bfloat16") == 0
-    assert "LlamaForCausalLM" in capsys.readouterr().out
+    base = ["--base-model", str(saved / "base"), "--adapter", str(saved / "lora")]  # as an option
+    assert main(["export", *base, "--output", str(tmp_path / "lora.gguf"), "--to", "gguf"]) == 0
+    said = capsys.readouterr().out
+    assert "LlamaForCausalLM" in said
+    assert "lora.gguf: llama" in said
 
 
 def test_an_error_has_the_name_of_the_adapters_directory(saved, tmp_path, capsys):
@@ -35,6 +39,5 @@ def test_an_error_has_the_name_of_the_adapters_directory(saved, tmp_path, capsys
 
 
 def test_a_wrong_output_is_refused_before_anything_is_loaded(saved, tmp_path, capsys):
-    (tmp_path / "lora").touch()
-    assert run(saved, "lora", tmp_path / "lora") == 2
-    assert "must be a new path" in capsys.readouterr().err
+    assert run(saved, "lora", tmp_path / "lora", "--to", "gguf") == 2
+    assert "must be a file ….gguf" in capsys.readouterr().err

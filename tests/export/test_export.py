@@ -1,11 +1,13 @@
-"""Exports are loaded by others, transformers' own classes, and give the same."""
+"""Exports are loaded by others, transformers' own classes and gguf's reader, and give the same."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -57,6 +59,7 @@ def test_an_moe_checkpoint_computes_what_the_mixture_does(tmp_path, family, meth
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     ours = host.generate(IDS, torch.ones_like(IDS), ["a", "a"], **options)
     assert loaded.generate(IDS, attention_mask=torch.ones_like(IDS), **options).equal(ours)
+    assert done.logit_error is not None
     assert done.logit_error < 1e-5
 
 
@@ -192,18 +195,71 @@ def test_a_host_that_trains_is_exported_without_its_dropout(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "to", "message"),
     [
-        ("there", "must be a new path"),
-        ("here", "neither the current one"),
-        ("file", "must be a new path"),
+        ("there", None, "must be a new path"),
+        ("here", None, "neither the current one"),
+        ("file", None, "must be a new path"),
+        ("adapter.gguf", None, "a directory"),
+        ("adapter", "gguf", "a file"),
     ],
 )
-def test_an_output_that_cannot_be_used_is_refused(tmp_path, monkeypatch, path, message):
+def test_an_output_that_cannot_be_used_is_refused(tmp_path, monkeypatch, path, to, message):
     (tmp_path / "there" / "kept").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=message):
-        exported(host_of("llama"), "lora", tmp_path / path)
+        exported(host_of("llama"), "lora", tmp_path / path, to=to)
     assert (tmp_path / "there" / "kept").is_dir()
+
+
+def gguf_of(host: Host, name: str, path: Path, **options) -> GGUFReader:
+    done = exported(host, name, path / "adapter.gguf", to="gguf", **options)
+    assert done.num_bytes == done.path.stat().st_size
+    return GGUFReader(done.path)
+
+
+def values(reader: GGUFReader, name: str) -> np.ndarray:
+    (found,) = [tensor.data for tensor in reader.tensors if tensor.name == name]
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_a_gguf_adapter_has_llama_cpps_names_and_alpha(tmp_path, stabilized):
+    host = host_of("qwen2", {"a": LoraConfig(rank=4, alpha=6, rank_stabilized=stabilized)})
+    reader = gguf_of(host, "a", tmp_path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    names = ("general.architecture", "general.type", "adapter.type")
+    assert [fields[name] for name in names] == ["qwen2", "adapter", "lora"]
+    assert fields["adapter.lora.alpha"] == (12 if stabilized else 6)  # llama.cpp divides by rank
+    ours = host.adapters["a"].tensors()
+    pairs = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj"}
+    pairs |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    for theirs, path in pairs.items():
+        for part in "ab":
+            expected = ours[f"layers.1.{path}.lora_{part.upper()}"].numpy()
+            stored = values(reader, f"blk.1.{theirs}.weight.lora_{part}")
+            np.testing.assert_allclose(stored, expected, rtol=1e-6)
+    assert len(reader.tensors) == len(ours)
+
+
+def test_rows_that_llama_cpp_rotates_in_pairs_are_put_in_pairs(tmp_path):
+    host = host_of("llama", {"a": LoraConfig(rank=4, alpha=4)})
+    reader = gguf_of(host, "a", tmp_path)
+    heads, size = host.config.num_key_value_heads, host.config.head_dim
+    expected = host.adapters["a"].tensors()["layers.0.self_attn.k_proj.lora_B"]
+    stored = values(reader, "blk.0.attn_k.weight.lora_b")
+    for head in range(heads):
+        for row in range(size // 2):
+            for half in range(2):
+                theirs = stored[head * size + 2 * row + half]
+                ours = expected[head * size + half * (size // 2) + row]
+                np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dora", "mixlora"])
+def test_what_llama_cpp_has_no_adapter_for_is_refused(tmp_path, name):
+    with pytest.raises(AdapterError, match="to be a GGUF adapter"):
+        exported(host_of("llama"), name, tmp_path / "a.gguf", to="gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -349,6 +349,7 @@ def test_a_merged_adapter_is_the_base_model_with_other_experts(tmp_path):
     host.unmerge("lora")
     done = loraloom.export(host, tokenizer, "lora", tmp_path / "out")
     assert done.form == "merged"
+    assert done.logit_error is not None
     assert done.logit_error < 1e-4
 
 

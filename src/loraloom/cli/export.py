@@ -17,21 +17,22 @@ class ExportOptions(BaseModelConfig):
     """The base model, and the form to write."""
 
     output: Path
-    """Write to this new directory."""
+    """Write to this new directory or, for gguf, to this new file, adapter.gguf for example."""
     to: exporting.ExportForm | None = None
-    """Write an equivalent mixture-of-experts checkpoint (moe, default for a mixture), or the base
-    model with a plain adapter merged (merged, default for others)."""
+    """Write an equivalent mixture-of-experts checkpoint (moe, default for a mixture), the base
+    model with a plain adapter merged (merged, default for others), or llama.cpp's form of a plain
+    adapter (gguf)."""
     dtype: Dtype = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Write weights in this dtype."""
 
 
 def export(adapter: str, *, options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
-    """Write an adapter as a whole model for other engines: transformers, vLLM, llama.cpp.
+    """Write an adapter for other engines: transformers, vLLM, llama.cpp.
 
     Args:
         adapter: Directory or Hub ID of the adapter.
     """
-    exporting.check_target(options.output)
+    exporting.check_target(options.output, options.to)
     name = "adapter"
     with suppress(ConfigError):
         name = check_name(Path(adapter).name)
@@ -43,4 +44,5 @@ def export(adapter: str, *, options: Annotated[ExportOptions, Parameter(name="*"
     )
     size = f"{written.num_bytes / 1e6:,.1f} MB in {options.dtype}"
     print(f"wrote {written.path}: {written.architecture}, {size}")
-    print(f"relative difference from the adapter's logits: {written.logit_error:.2g}")
+    if written.logit_error is not None:
+        print(f"relative difference from the adapter's logits: {written.logit_error:.2g}")

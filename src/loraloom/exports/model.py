@@ -1,4 +1,4 @@
-"""Adapters for other engines, as whole models.
+"""Adapters for other engines: whole models, or GGUF adapters.
 
 A mixture becomes a mixture-of-experts checkpoint, a plain adapter is merged into its base model.
 Weights are made and written one decoder layer at a time, quantized ones in floating point. Then the
@@ -25,17 +25,18 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from loraloom.adapters.combining import check_merges
 from loraloom.adapters.contract import Adapter
-from loraloom.adapters.extra_modules import own_parts
-from loraloom.atomic_io import write_directory, write_json
+from loraloom.adapters.extra_modules import own_parts, refuse_own_parts
+from loraloom.atomic_io import write_directory, write_file, write_json
 from loraloom.base.blocks import Block
 from loraloom.base.loading import DTYPES, quiet
 from loraloom.base.quantization import name_of_weight, quantized_weights
 from loraloom.config.model import Dtype
 from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.exports.gguf import architecture_of, write_gguf_adapter
 from loraloom.formats.raw_files import write_safetensors
 from loraloom.host.host import Host
 
-ExportForm = Literal["moe", "merged"]
+ExportForm = Literal["moe", "merged", "gguf"]
 # Of a file of weights, as transformers' `save_pretrained` has it.
 MAX_FILE_BYTES = 50 * 10**9
 _PROBE_LENGTH = 48
@@ -52,11 +53,11 @@ class Export:
     path: Path
     form: ExportForm
     architecture: str
-    """The class of transformers."""
+    """The class of transformers, or llama.cpp's name."""
     num_bytes: int
-    """Of the tensors."""
-    logit_error: float
-    """‖logits of the files - the adapter's‖ / ‖the adapter's‖ on some tokens."""
+    """Of the tensors, or of the GGUF file."""
+    logit_error: float | None
+    """‖logits of the files - the adapter's‖ / ‖the adapter's‖ on some tokens; None for GGUF."""
 
 
 @torch.no_grad()
@@ -73,12 +74,12 @@ def export(
 
     Args:
         host: Base model with the adapter.
-        tokenizer: Tokenizer of the base model, which the model includes.
+        tokenizer: Tokenizer of the base model, which a whole model includes.
         name: Name of the adapter.
-        path: New or empty directory.
+        path: New or empty directory; for `gguf` a new file with this suffix.
         to: Form to write: `moe`, a mixture-of-experts checkpoint that computes the same as a
-            mixture; `merged`, the base model with a plain adapter merged in. Default: `moe` for
-            adapters with routers, else `merged`.
+            mixture; `merged`, the base model with a plain adapter merged in; `gguf`, an adapter for
+            llama.cpp. Default: `moe` for adapters with routers, else `merged`.
         dtype: Dtype of the written tensors: float32, bfloat16 or float16.
 
     Raises:
@@ -93,10 +94,17 @@ def export(
     form = to or ("moe" if adapter.config.experts_per_router else "merged")
     if form not in get_args(ExportForm):
         raise ConfigError(f"to must be one of {', '.join(get_args(ExportForm))}, got {shown(form)}")
-    check_target(path)
+    check_target(path, form)
     if dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if form == "gguf":
+        refuse_own_parts(adapter.config, f"adapter {name!r}", "be a GGUF adapter")
+        architecture = architecture_of(host.base)
+        write_file(
+            path, lambda aside: write_gguf_adapter(aside, adapter, host.base, host.config, dtype)
+        )
+        return Export(path, form, architecture, path.stat().st_size, None)
     model = _MoeModel(host, adapter) if form == "moe" else _MergedModel(host, adapter)
     tokenizer = _with_prompts_of(adapter, tokenizer)
     measured: list[Any] = []
@@ -106,8 +114,11 @@ def export(
     return Export(path, form, model.architecture, *measured)
 
 
-def check_target(path: Path) -> None:
-    """Raise a ConfigError if nothing can be exported to a path."""
+def check_target(path: Path, form: ExportForm | None) -> None:
+    """Raise a ConfigError if nothing can be exported to a path; None: a whole model."""
+    if (form == "gguf") != (path.suffix.lower() == ".gguf"):
+        kind = "a file ….gguf" if form == "gguf" else "a directory (for a .gguf file, to: gguf)"
+        raise ConfigError(f"the output must be {kind}, got {path}")
     is_fixed = path.is_dir() and (path.is_mount() or path.samefile("."))  # can't be replaced
     if path.exists() and (is_fixed or not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
