@@ -15,7 +15,7 @@ from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, t
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
-from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
+from loraloom.generation.loading import default_cache_tokens, load_host
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.host.host import Host
@@ -62,7 +62,6 @@ def chat(
 
     Each adapter uses the prompt form of its training data, the base model its chat template.
     """
-    check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)
     _check_system(options, host, tokenizer)
     if not options.raw:
