@@ -1,7 +1,5 @@
 """MoLA against the formula of its paper, arXiv:2402.08562, eq. 2-4; see tests/parity too."""
 
-import json
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,8 +8,7 @@ from torch.nn.functional import one_hot
 
 from loraloom.adapters import MolaConfig
 from tests.adapters.plain import MASK, compare, sum_experts, top_k_softmax
-from tests.blocks import names_of
-from tests.tiny import changed, tiny_host
+from tests.tiny import changed
 
 CONFIG = MolaConfig(
     rank=2,
@@ -73,14 +70,3 @@ def test_logits_and_gradients_are_those_of_a_loop_over_the_experts(family, confi
 def test_settings_that_fit_no_model_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         MolaConfig(**settings)
-
-
-@pytest.mark.parametrize("config", [CONFIG, EQUAL], ids=["by-layer", "pooled"])
-def test_files_are_the_references_and_are_read_back(tmp_path, config):
-    host = tiny_host(configs={"a": config})
-    host.save("a", tmp_path)
-    fields = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (fields["peft_type"], fields["routing_strategy"]) == ("MOLA", "mola")
-    assert (fields["r"], fields["lora_alpha"], fields["top_k"]) == (2, 5, config.top_k)
-    targets = names_of(host.base)
-    assert host.load("b", tmp_path).config == changed(config, target_modules=targets)

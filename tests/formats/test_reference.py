@@ -1,7 +1,4 @@
-from dataclasses import replace
-
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from loraloom.adapters import ExpertsConfig, MixLoraConfig
@@ -9,8 +6,6 @@ from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from tests.blocks import names_of
 from tests.formats.tiny import (
-    ATTENTION,
-    FFN,
     MIXTURE,
     assert_same_tensors,
     edit_config,
@@ -41,29 +36,6 @@ def test_what_is_written_is_read_back(base, tmp_path):
     read, read_tensors = read_adapter(tmp_path, base)
     assert read == CONFIG
     assert_same_tensors(read_tensors, tensors)
-
-
-@pytest.mark.parametrize(("case", "width"), [("llama-mixlora", 96), ("qwen2-mixlora", 88)])
-def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_dir):
-    shapes = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
-    blocks = (ATTENTION, replace(FFN, shapes=shapes))
-    base = replace(base, blocks=blocks, name_or_path="/models/base")
-    directory = shared_dir / "fixtures" / case / "adapter"
-    config, tensors = read_adapter(directory, base)
-    assert config == MixLoraConfig(
-        rank=4,
-        alpha=8,
-        dropout=0.05,
-        num_experts=4,
-        top_k=2,
-        target_modules=names_of(base),
-    )
-    raw = torch.load(directory / "adapter_model.bin", weights_only=True)
-    assert len(tensors) == len(raw)
-    up = "layers.1.mlp.up_proj.experts.3.lora_B"
-    assert torch.equal(tensors[up], raw[f"mixlora.{up}.weight"].detach())
-    assert torch.equal(tensors["layers.0.mlp.router"], raw["mixlora.layers.0.mlp.moe_gate.weight"])
-    assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from loraloom.routing.tally import (
     load_shares,
     loads_by_class,
     mutual_information_bits,
-    specialisation_bits,
 )
 
 
@@ -142,14 +141,6 @@ def test_mutual_information_is_that_of_the_definition():
             if p
         )
         assert bits == pytest.approx(expected)
-
-
-def test_experts_of_their_own_tell_the_class_and_shared_ones_nothing():
-    apart = torch.eye(4, dtype=torch.float64).unsqueeze(1)
-    torch.testing.assert_close(mutual_information_bits(apart), torch.tensor([2.0]).double())
-    torch.testing.assert_close(specialisation_bits(apart), torch.full((4, 1), 2.0).double())
-    alike = torch.tensor([[[3.0, 1.0]], [[6.0, 2.0]]]).double()
-    assert mutual_information_bits(alike).tolist() == [0]
 
 
 EVEN = [1000] * 8
