@@ -125,14 +125,20 @@ def test_what_files_would_not_hold_is_refused(part, message):
         tiny_host(configs={}).add("a", OddConfig(rank=2))
 
 
-def test_files_of_a_registered_method_are_loralooms(methods_as_before):
-    class FaultyConfig(HalfConfig):
-        """Of another library's layout."""
-
-        layout = "peft"
-
-    with pytest.raises(ConfigError, match="layout of FaultyConfig must be native"):
-        loraloom.register_method(FaultyConfig)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"title": None}, "must have a title .string., got "),
+        ({"formula": " "}, "must have a formula .string."),
+        ({"layout": "peft"}, 'must have layout = "native"'),
+        ({"method": "half", "__annotations__": {"method": str}}, "must have method: Literal"),
+    ],
+)
+def test_a_configuration_that_lacks_something_is_refused(changes, message, methods_as_before):
+    fields = {"__doc__": "A faulty one.", "__module__": __name__, "peft_type": "FAULTY", **changes}
+    faulty = type("Faulty", (HalfConfig,), fields)
+    with pytest.raises(ConfigError, match=message):
+        loraloom.register_method(faulty)
 
 
 def test_names_that_are_taken_are_refused(registered):

@@ -1,14 +1,14 @@
 """Which methods there are, and how a further one is registered."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union, get_args
 
 from pydantic import Field, TypeAdapter
 
 from loraloom.adapters.contract import AdapterConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 
 CONFIGS: list[type[AdapterConfig]] = []
 """The methods that are known."""
@@ -53,12 +53,10 @@ def register_method(config: _METHOD) -> _METHOD:
         The configuration, so that `register_method` can decorate the class.
 
     Raises:
-        ConfigError: If the layout is not `native`, or `method` or `peft_type` is taken.
+        ConfigError: If the configuration is incomplete, or `method` or `peft_type` is taken.
     """
-    if config.layout != "native":
-        raise ConfigError(
-            f'the layout of {config.__name__} must be "native", got {config.layout!r}'
-        )
+    if lacking := ", ".join(_lacking(config)):
+        raise ConfigError(f"a method's configuration must have {lacking}, got {shown(config)}")
     name = config.model_fields["method"].default
     for existing in list(CONFIGS):
         names = {existing.model_fields["method"].default, *existing.aliases}
@@ -76,6 +74,24 @@ def register_method(config: _METHOD) -> _METHOD:
         for listener in LISTENERS:
             listener()
     return config
+
+
+def _lacking(config: Any) -> Iterator[str]:
+    if not isinstance(config, type) or not issubclass(config, AdapterConfig):
+        yield "the base class AdapterConfig"
+        return
+    attributes = {n: v for base in reversed(config.__mro__) for n, v in vars(base).items()}
+    for name in ("peft_type", "title", "formula"):
+        value = attributes.get(name)
+        if not isinstance(value, property) and not (isinstance(value, str) and value.strip()):
+            yield f"a {name} (string)"
+    method = config.model_fields["method"]
+    if get_args(method.annotation) != (method.default,):
+        yield 'method: Literal["name"] = "name"'
+    if config.__abstractmethods__:
+        yield f"the functions {', '.join(sorted(config.__abstractmethods__))}"
+    if config.layout != "native":
+        yield 'layout = "native"'
 
 
 def take_entries(group: str, take: Callable[[Any, str], object]) -> None:
