@@ -25,7 +25,7 @@ NO_TRANSFORMERS = {*NO_MODEL, "transformers", "torch.distributed.tensor", "sympy
 NO_TORCH = {*NO_TRANSFORMERS, "torch", "pandas"}
 UNNEEDED = {
     "--help": {*NO_TORCH, "numpy", "matplotlib"},
-    "report RUNS --output page.html": NO_TORCH,
+    "report RUNS --output page.html": NO_TORCH - {"pandas"},  # which draws its curves
     "config show RUN.yaml": NO_TRANSFORMERS,
     "inspect RUNS/lora": NO_TRANSFORMERS,
     "data show RUN.yaml": NO_MODEL,

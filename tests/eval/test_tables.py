@@ -52,7 +52,7 @@ def test_other_figures_have_rows_of_their_own():
         "dpo": {"pairs": {"loss": 0.7, "reward_margin": 0.1, "reward_margin_interval": [0.0, 0.2]}},
     }
     results["dpo"]["pairs"]["reward_accuracy"] = 0.5
-    text = printed(*Evaluation(schema_version=1, results=results).tables())
+    text = printed(*Evaluation(schema_version=1, results=results).tables(), width=200)
     cells = ("2.0000 (1.5000–2.5000)", "7.389 (4.482–12.18)", "acc", "0.5000 ± –")
     cells += ("loss, nats a token", "loss, nats a pair")
     for cell in cells:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
-from loraloom.adapters.lora import LoraConfig
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, ModelError, shown
@@ -66,7 +65,7 @@ def convert(
             f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
             "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
         )
-    if to == "peft" and isinstance(config, LoraConfig):
+    if to == "peft":
         config, tensors = with_all_experts(config, tensors, base)
     if to == "vllm" or to == "sglang":
         files = engine_files(config, tensors, base, to)

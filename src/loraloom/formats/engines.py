@@ -113,10 +113,11 @@ def _check_projections(adapted: list[BaseProjection], title: str) -> None:
 
 
 def with_all_experts(
-    config: LoraConfig, tensors: Mapping[str, Tensor], base: BaseInfo
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
+) -> tuple[Any, dict[str, Tensor]]:
     """Give each expert factors: those that all share, or zeros where it has no LoRA."""
-    if not config.shared_outer and config.base_experts is None:
+    is_plain = not isinstance(config, LoraConfig)
+    if is_plain or (not config.shared_outer and config.base_experts is None):
         return config, dict(tensors)
     layers = base.layers_without_weights()
     blocks = {f"layers.{b.layer}.{b.path}": b for layer in layers for b in layer.blocks}
