@@ -64,8 +64,8 @@ def test_a_steady_step_reads_once_and_once_a_job(accelerator, tmp_path):
             engine.step()
     two, four = accelerator.counts("2 jobs"), accelerator.counts("4 jobs")
     # A job's norm and its segment of the batch: the rest is the same for any number of jobs.
-    assert two == {"read": 5, "upload": 9}
-    assert four == {"read": 7, "upload": 13}
+    assert two == {"read": 4, "upload": 8}
+    assert four == {"read": 6, "upload": 12}
 
 
 def test_the_check_of_finite_weights_reads_once_a_job(accelerator, tmp_path):

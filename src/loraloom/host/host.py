@@ -30,7 +30,13 @@ from loraloom.host.choice import choose
 from loraloom.host.decoding import Decoding, Sessions
 from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput
 from loraloom.host.heads import Heads
-from loraloom.host.layout import RowAdapter, RowAdapters, SampleLengths, packed_rows
+from loraloom.host.layout import (
+    RowAdapter,
+    RowAdapters,
+    SampleLengths,
+    is_padded_at_ends,
+    packed_rows,
+)
 from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows
 from loraloom.host.prepared_weights import PreparedWeights, Record
 from loraloom.host.registry import AdapterRegistry, describe
@@ -312,6 +318,8 @@ class Host:
             positions, token_mask = packed_rows(sample_lengths, *input_ids.shape)
             model_inputs["position_ids"] = positions.to(self.device)
             attention_mask = None  # with it transformers would let samples see each other
+        elif is_padded_at_ends(attention_mask):
+            attention_mask = None  # real tokens see no later ones, and attention is faster without
         model_inputs = {"use_cache": False, **model_inputs}
         mode = self._mode(training)
         request = ForwardRequest(

@@ -53,6 +53,13 @@ def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tu
     return torch.stack(positions), is_filled.long()
 
 
+def is_padded_at_ends(mask: Tensor | None) -> bool:
+    """Whether a mask, [B, L], has padding behind rows' tokens alone; False for one on a device."""
+    if mask is None or mask.dim() != 2 or mask.device.type != "cpu":  # no device is waited for
+        return False
+    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
 def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
     """Split a row's adapter; the base model has no name, and the scale 1."""
     match adapter:
