@@ -18,7 +18,12 @@ import cyclopts
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from loraloom.atomic_io import write_directory
 from loraloom.base.loading import quiet
@@ -65,8 +70,20 @@ def make_tiny_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    batches = _batches(tokenizer(texts).input_ids)
-    loss = _pretrain(model, batches, num_steps, on_step)
+    return pretrain(output, model, tokenizer, texts, num_steps, on_step)
+
+
+def pretrain(
+    output: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    num_steps: int,
+    on_step: Callable[[int], object] = lambda _: None,
+) -> float:
+    """Train a model on texts, and write it with its tokenizer; return its last steps' mean loss."""
+    batches = _batches(tokenizer([*texts]).input_ids)
+    loss = _train(model, batches, num_steps, on_step)
 
     def fill(directory: Path) -> None:
         model.save_pretrained(directory)
@@ -106,8 +123,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def _pretrain(
-    model: LlamaForCausalLM,
+def _train(
+    model: PreTrainedModel,
     batches: Iterator[torch.Tensor],
     num_steps: int,
     on_step: Callable[[int], object],
@@ -119,10 +136,13 @@ def _pretrain(
             warmup = min(1.0, step / 50)
             group["lr"] = 3e-3 * warmup * (1 - step / num_steps)
         # causal, padded on the right: no token sees padding
-        logits = model(batch).logits
-        predicted = logits[:, :-1].flatten(0, 1)
+        output = model(batch)
+        predicted = output.logits[:, :-1].flatten(0, 1)
         loss = cross_entropy(predicted, batch[:, 1:].flatten(), ignore_index=0)
-        loss.backward()
+        total = loss
+        if "aux_loss" in output:  # of a mixture, to keep its experts in use
+            total = loss + model.config.router_aux_loss_coef * output.aux_loss
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
