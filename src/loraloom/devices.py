@@ -10,13 +10,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import psutil
 import torch
 
 # What processes on several devices of a kind talk through; those kinds can train over ranks.
 RANK_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-# Left to other processes, and to what else is in this one.
-_RESERVE_BYTES = 100_000_000
 
 
 def best_device() -> torch.device:
@@ -56,24 +53,10 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def used_bytes(device: torch.device) -> int:
-    if has_separate_memory(device):
-        return torch.accelerator.memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
 def free_device_bytes(device: torch.device) -> int:
     """Count what is free in a memory of its own."""
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return free
-
-
-def free_bytes(limit: int | None) -> int:
-    """Memory of the machine that this process may still take, within a limit of the process."""
-    free = psutil.virtual_memory().available - _RESERVE_BYTES
-    if limit is None:
-        return free
-    return min(free, limit - psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> dict[str, int]:
@@ -92,11 +75,10 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def limit_memory(device: torch.device, limit: int) -> None:
-    """Let allocations beyond a limit fail; of the machine's memory, callers ask `free_bytes`."""
-    if has_separate_memory(device):
-        module = torch.get_device_module(device)
-        _, total = module.mem_get_info(device)
-        module.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    """Let allocations beyond a limit fail, on a device with a memory of its own."""
+    module = torch.get_device_module(device)
+    _, total = module.mem_get_info(device)
+    module.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
 @contextmanager

@@ -61,11 +61,10 @@ def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 class Ranks(ABC):
-    """Of the ranks, `local_size` are here; in lockstep each holds a part of the base model."""
+    """The ranks of a run; in lockstep each holds a part of the base model."""
 
     rank: int = 0
     size: int = 1
-    local_size: int = 1
     in_lockstep: bool = False
     _is_apart: bool = False
 
@@ -154,9 +153,9 @@ class Alone(Ranks):
 class ProcessRanks(Ranks):
     """The processes of torch.distributed's default group."""
 
-    def __init__(self, backend: str, local_size: int, *, in_lockstep: bool = False):
+    def __init__(self, backend: str, *, in_lockstep: bool = False):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.local_size, self.in_lockstep = local_size, in_lockstep
+        self.in_lockstep = in_lockstep
         self._group = dist.new_group(backend=backend, timeout=TIMEOUT)
 
     @override

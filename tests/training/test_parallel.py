@@ -89,7 +89,7 @@ def _overflow(rank: int, directory: Path) -> None:
 
 def _talk(rank: int, directory: Path) -> dict[str, Any]:
     """Try out what ranks do together."""
-    ranks = ProcessRanks("gloo", 2)
+    ranks = ProcessRanks("gloo")
     parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
     parameters[0].grad = torch.tensor([1.0, rank])
     parameters[1].grad = torch.ones(2) if rank == 1 else None

@@ -91,16 +91,6 @@ def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def loss_workspace_bytes(
-    num_labels: int, hidden_size: int, vocab_size: int, dtype: torch.dtype
-) -> int:
-    """Return what `token_losses` needs at once: logits and their gradient, states and theirs."""
-    chunk = min(num_labels, _chunk_tokens(vocab_size))
-    num_logits = 2 * chunk * vocab_size
-    num_states = 3 * num_labels * hidden_size
-    return (num_logits + num_states) * dtype.itemsize
-
-
 def token_losses(
     hidden_states: Float[Tensor, "N D"],
     labels: Int[Tensor, " N"],

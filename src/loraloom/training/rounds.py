@@ -4,11 +4,8 @@ A job that is alone when memory runs out has its micro-batch halved, example by 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 
@@ -16,7 +13,6 @@ from loraloom import devices
 from loraloom.adapters.contract import Adapter
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.host.host import Host
-from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
 from loraloom.training.step.fused import forward_backward, gradients_set_aside, sum_gradients
@@ -36,7 +32,7 @@ class RoundRunner:
 
     host: Host
     pad_id: int
-    memory_limit: int | None = None  # of the process; None: what the device has
+    memory_limit: int | None = None  # of an accelerator; None: all it has
     say: Callable[[str], None] = _log.warning
     max_tokens: int | None = None  # of a forward, with padding, since memory ran out
     max_alone: int | None = None  # of a forward of one job, since memory ran out in one
@@ -46,9 +42,15 @@ class RoundRunner:
         if limit is None:
             return
         device = self.host.device
+        if not devices.has_separate_memory(device):
+            raise ConfigError(
+                f"memory_limit requires an accelerator with its own memory, got device {device}; "
+                "remove memory_limit, and bound a step with train.micro_batch_size or "
+                "max_tokens_per_step"
+            )
         devices.limit_memory(device, limit)
         reserve = _LEARNING_COPIES * num_bytes(self.host.adapters.values())
-        used = devices.used_bytes(device) + reserve
+        used = torch.accelerator.memory_allocated(device) + reserve
         if used >= limit:
             raise ConfigError(
                 "memory_limit must hold what is loaded and what optimizers keep, "
@@ -90,7 +92,7 @@ class RoundRunner:
         adapters = [micro_batch.adapter for micro_batch in micro_batches]
         outcome: list[MicroBatchLoss] | Exception
         try:
-            with gradients_set_aside(adapters), self._watching(adapters, num_tokens):
+            with gradients_set_aside(adapters):
                 outcome = forward_backward(self.host, micro_batches, self.pad_id)
         except torch.OutOfMemoryError:
             outcome = torch.OutOfMemoryError()  # that one holds on to the activations
@@ -119,38 +121,6 @@ class RoundRunner:
             f"warning: out of memory in a step of {num_tokens} tokens; training continues in "
             f"parts of at most {self.max_tokens} tokens"
         )
-
-    @contextmanager
-    def _watching(self, adapters: Sequence[Adapter], num_tokens: int) -> Iterator[None]:
-        """Raise an OutOfMemoryError in a forward while its backward pass still has room."""
-        host = self.host
-        # Where a forward takes all ranks, one can't leave it.
-        if host.ranks.in_lockstep or devices.has_separate_memory(host.device):
-            yield
-            return
-        # On a CPU no allocation fails: the system ends the process. So what is left is looked at
-        # before each decoder layer, and what those to come will take follows from those before.
-        layers = list(host.model.get_submodule(host.base.layers_path).children())
-        workspace = loss_workspace_bytes(
-            num_tokens, host.config.hidden_size, host.config.vocab_size, host.dtype
-        )
-        reserve = _LEARNING_COPIES * num_bytes(adapters) + 2 * workspace
-        free: list[int] = []  # before each layer so far
-
-        def look(index: int, *_: Any) -> None:
-            # A checkpointed layer is computed again, and references are asked before.
-            if index < len(free) or not torch.is_grad_enabled():
-                return
-            free.append(devices.free_bytes(self.memory_limit))
-            bytes_per_layer = max(0, free[0] - free[-1]) // max(1, index)
-            num_left = len(layers) - index
-            if free[-1] < reserve + host.ranks.local_size * bytes_per_layer * num_left:
-                raise torch.OutOfMemoryError
-
-        with ExitStack() as hooks:
-            for index, layer in enumerate(layers):
-                hooks.callback(layer.register_forward_pre_hook(partial(look, index)).remove)
-            yield
 
     def raise_if_general(self, fault: Exception) -> None:
         """Raise an error again if it also affects the base model (a lost device, for example)."""

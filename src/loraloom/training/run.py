@@ -239,7 +239,7 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     if is_ours:
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield ProcessRanks(backend, launch.local_size, in_lockstep=in_lockstep)
+        yield ProcessRanks(backend, in_lockstep=in_lockstep)
     except RankLost as lost:
         raise TrainingError(str(lost)) from lost
     finally:

@@ -352,7 +352,7 @@ class RunConfig(BaseModelConfig):
     keep_snapshots: int = Field(default=2, ge=1)
     """Number of checkpoints to keep. --resume uses the newest undamaged checkpoint."""
     memory_limit: ByteSize | None = None
-    """Maximum memory of a step, with the base model: bytes or "20GB"; null: all memory."""
+    """Maximum memory of an accelerator to use: bytes or "20GB"; null: all of it."""
     trackers: tuple[TrackerName, ...] = ("jsonl",)
     """Trackers: `jsonl`, `tensorboard`, `trackio`, `wandb` or those of other packages.
     metrics.jsonl is always written."""
