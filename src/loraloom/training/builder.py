@@ -1,11 +1,9 @@
 """From a job's settings to an adapter with its data, and what jobs are measured on."""
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.extra_modules import own_parts
 from loraloom.base.loading import load_tokenizer
-from loraloom.config.data import PromptForm, SourceConfig
+from loraloom.config.data import PromptForm
 from loraloom.data.encoding import prompt_form
-from loraloom.data.sources import find_location
-from loraloom.data.tasks import ChoiceQuestion, find_task, load_question_set, questions_digest
+from loraloom.data.tasks import ChoiceQuestion, load_question_set, questions_digest
 from loraloom.data.tokens import pad_token
 from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError, shown
@@ -52,11 +49,8 @@ class JobData:
         data = config.data
         length = config.train.max_length
         as_pairs = config.train.objective.learns_from_pairs
-        files = [_file_states(source, "train") for source in data.sources]
-        if data.validation is not None:
-            files.append(_file_states(data.validation, "validation"))
         pace = data.streaming and config.train.batch_size
-        key = repr((data, length, config.seed, as_pairs, files, pace))
+        key = repr((data, length, config.seed, as_pairs, pace))
         if key not in self._sets:
             load = StreamedSet if data.streaming else load_training_set
             training_set = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
@@ -66,7 +60,7 @@ class JobData:
         return self._sets[key]
 
     def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:
-        key = repr((config, _file_states(config, config.split)))
+        key = repr(config)
         if key not in self._questions:
             question_set = load_question_set(
                 config.task, config.scoring, config.split, config.path, config.limit
@@ -74,25 +68,9 @@ class JobData:
             self._questions[key] = question_set.questions
         return self._questions[key]
 
-
-def _file_states(source: SourceConfig | EvaluationConfig, default_split: str) -> list[object]:
-    """List the files that a source is read from, with their bytes and times of the last change."""
-    split = source.split or default_split
-    locations: list[object] = []
-    if source.task is not None:
-        task = find_task(source.task)
-        locations += [task.path, task.find_data(split, source.path)]
-    if isinstance(source, SourceConfig):
-        if source.dataset is not None:
-            locations.append(find_location(source.dataset, split, source.config))
-        templates = (source.template, source.chat_template)
-        locations += [Path(os.path.expanduser(template)) for template in templates if template]
-    states: list[object] = []
-    for location in locations:
-        if isinstance(location, Path) and os.path.isfile(location):
-            stat = os.stat(location)
-            states.append((location, stat.st_size, stat.st_mtime_ns))
-    return states
+    def forget(self) -> None:
+        self._sets.clear()
+        self._questions.clear()
 
 
 def check_data(run: RunConfig) -> None:
@@ -122,7 +100,10 @@ class JobBuilder:
         self._tokenizer = tokenizer
         self._data = JobData(tokenizer)
 
-    def build(self, config: JobConfig) -> Job:
+    def build(self, config: JobConfig, *, reread: bool = True) -> Job:
+        """Build a job; without `reread`, data that another job has read is taken as it was then."""
+        if reread:
+            self._data.forget()
         host = self._host
         before = set(host.adapters)
         try:

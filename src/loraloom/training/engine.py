@@ -424,7 +424,7 @@ def set_up(
             f"warning: job {name} is no longer in the run file and is left out; put it "
             "back to go on with it, before its checkpoints are replaced"
         )
-    jobs = [builder.build(config) for config in _unfinished(configs, saved)]
+    jobs = [builder.build(config, reread=False) for config in _unfinished(configs, saved)]
     environment = _describe_environment(host, command)
     engine = Engine(host, jobs, builder, directory, progress, run, environment)
     for job in jobs:

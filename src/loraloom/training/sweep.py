@@ -237,7 +237,9 @@ class Sweep:
         if name in self.engine.results or self.engine.recall(name):
             return self._report(trial, name)
         try:
-            job = self.engine.builder.build(self.run.trial(trial.number, trial.params))
+            job = self.engine.builder.build(
+                self.run.trial(trial.number, trial.params), reread=False
+            )
             self._prepare(job)
             self.engine.add(job, overwrite=True)
         except Exception as error:  # of memory, or of a library that makes initial weights
