@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from loraloom.config.text import (
     apply_override,
@@ -46,11 +45,10 @@ def test_what_is_no_yaml_is_one_clear_error(text, fault):
         parse_yaml(text, "run.yaml")
 
 
-def test_what_is_written_is_read_alike_in_yaml_1_1_and_1_2():
+def test_what_is_written_is_read_alike():
     texts = ["on", "yes", "08", "1e-3", "1_000", "1:30", "010", "~", "2024-01-01", "a: b", "ä\n  b"]
     settings = {"texts": texts, "numbers": [1e-5, 2.5e20, 1e22, 0.1, 3], "flags": [True, None]}
-    written = to_yaml(settings)
-    assert parse_yaml(written, "text") == yaml.safe_load(written) == settings
+    assert parse_yaml(to_yaml(settings), "text") == settings
 
 
 @pytest.mark.parametrize(

@@ -10,32 +10,8 @@ from typing import Any
 from pydantic_core import from_json
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import SafeRepresenter
-from ruamel.yaml.resolver import Resolver, VersionedResolver
 
 from loraloom.errors import ConfigError, LoraloomError, shown
-
-_YAML_1_1 = VersionedResolver((1, 1))
-
-
-class _PortableRepresenter(SafeRepresenter):
-    """Writes what YAML 1.1 reads alike: it takes `on` for true, and 1e-05 for a text."""
-
-    def represent_str(self, data: str) -> ScalarNode:
-        tag = _YAML_1_1.resolve(ScalarNode, data, (True, False))
-        quotes = None if tag == Resolver.DEFAULT_SCALAR_TAG else "'"
-        return self.represent_scalar("tag:yaml.org,2002:str", data, quotes)
-
-    def represent_float(self, data: float) -> ScalarNode:
-        text = repr(data)
-        if "." not in text:
-            text = text.replace("e", ".0e")
-        return self.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_PortableRepresenter.add_representer(str, _PortableRepresenter.represent_str)
-_PortableRepresenter.add_representer(float, _PortableRepresenter.represent_float)
 
 
 def parse_yaml(text: str, origin: str, error: type[LoraloomError] = ConfigError) -> Any:
@@ -53,9 +29,8 @@ def parse_yaml(text: str, origin: str, error: type[LoraloomError] = ConfigError)
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:
-    """Settings as run files are read, and as other programs read them in YAML 1.1."""
+    """Settings as run files are read, in YAML 1.2."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.Representer = _PortableRepresenter
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.width = sys.maxsize
