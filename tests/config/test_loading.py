@@ -91,7 +91,6 @@ def test_all_faults_are_in_one_message(tmp_path):
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("jobs.0.data.lr=1", "jobs.0.data: unknown key 'lr'; it belongs to 'train'"),
         ("jobs.1.adapter.method=dora", "jobs.1.adapter must have a 'method' of 'lora', "),
         ("jobs.1.adapter.method=dora", "write method: lora with weight_decomposition: true"),
         ("jobs.1.adapter.method=mixlor", "got 'mixlor'; did you mean 'mixlora'?"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,9 +31,6 @@ _RENAMED = {
     "model_name_or_path": "base_model",
 }
 
-# The section of a job that knows a key; filled in where the sections are defined.
-HOMES: dict[str, str] = {}
-
 # In place of pydantic's messages.
 _MESSAGES = {
     "byte_size": 'must be a number, perhaps with a unit as in "20GB" or "512MiB", got {got}',
@@ -51,24 +48,17 @@ class StrictModel(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _check_keys(cls, settings: Any, check: Callable[[Any], Any]) -> Any:
-        fields = cls.model_fields
-        if not isinstance(settings, dict) or settings.keys() <= fields.keys():
-            return check(settings)
-        unknown = [key for key in settings if key not in fields]
-        reasons = [f"unknown key {shown(key)}{_instead(str(key), fields)}" for key in unknown]
-        hints = "".join(reasons)
-        faults = []
-        try:
-            check({key: settings[key] for key in settings if key in fields})
-        except ValidationError as error:
-            for fault in error.errors():
-                # a name that is only misspelt is not missing as well
-                if fault["type"] != "missing" or f"mean {fault['loc'][-1]!r}" not in hints:
-                    faults.append(fault)
-        raise _error_of(settings, reasons, faults)
+    def _check_keys(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        names = cls.model_fields
+        unknown = [key for key in settings if key not in names]
+        if unknown:
+            reasons = [f"unknown key {shown(key)}{_instead(str(key), names)}" for key in unknown]
+            raise _error_of(settings, reasons)
+        return settings
 
     @model_validator(mode="after")
     def _check_together(self) -> StrictModel:
@@ -85,23 +75,14 @@ def _instead(key: str, names: Iterable[str]) -> str:
     ours = _RENAMED.get(key)
     if ours and ours in names:
         return f"; did you mean {ours!r}?"
-    home = HOMES.get(ours or key)
-    if home is not None and home not in map(HOMES.get, names):  # else it is another method's
-        return f"; it belongs to {home!r}"
     return did_you_mean(key, names) or f"; known keys are {', '.join(sorted(names))}"
 
 
-def _error_of(
-    settings: Any, reasons: Sequence[str], more: Sequence[ErrorDetails] = ()
-) -> ValidationError:
+def _error_of(settings: Any, reasons: Sequence[str]) -> ValidationError:
     faults: list[InitErrorDetails] = [
         {"type": PydanticCustomError("settings", "{text}", {"text": reason}), "input": settings}
         for reason in reasons
     ]
-    for fault in more:
-        message: Any = fault["msg"]  # as it stands: nothing is filled in any more
-        kind = PydanticCustomError(fault["type"], message, fault.get("ctx"))  # pyright: ignore
-        faults.append({"type": kind, "loc": fault["loc"], "input": fault["input"]})
     return ValidationError.from_exception_data("", faults)
 
 

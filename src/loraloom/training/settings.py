@@ -26,7 +26,7 @@ from loraloom.config.data import (
     is_file_of_test,
     task_name,
 )
-from loraloom.config.fields import HOMES, StrictModel, check_name, checked
+from loraloom.config.fields import StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override, local_path, read_settings, set_setting
 from loraloom.errors import ConfigError, shown
@@ -247,11 +247,6 @@ class EvaluationConfig(StrictModel):
     @property
     def metric(self) -> str:
         return f"eval/{task_name(self.task)}/accuracy"
-
-
-HOMES |= dict.fromkeys((key for kind in adapters.CONFIGS for key in kind.model_fields), "adapter")
-HOMES |= dict.fromkeys(DataConfig.model_fields, "data")
-HOMES |= dict.fromkeys(TrainConfig.model_fields, "train")
 
 
 class JobConfig(StrictModel):
