@@ -15,7 +15,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.files import read_stored
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
-from loraloom.host.decoding import SPARE_ROWS, SPARE_TOKENS
+from loraloom.host.decoding import SPARE_TOKENS
 from loraloom.host.host import Host, attach
 
 CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -69,7 +69,7 @@ def default_cache_tokens(host: Host, max_rows: int) -> int:
     else:
         free = available_memory()
     session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
-    affordable = int(free * 0.25 / (1 + SPARE_ROWS)) // session.states(0, 0, 1).nbytes
+    affordable = int(free * 0.25) // session.states(0, 0, 1).nbytes
     affordable -= max_rows * SPARE_TOKENS
     if affordable < max_rows:
         raise ConfigError("a quarter of free memory is too small for the cache; lower --max-rows")

@@ -164,18 +164,14 @@ class Runner:
         self._host.decode(self.session, tokens, record)
 
     def leave(self, leaving: Collection[Row]) -> None:
-        """Let rows go; the last ones take the places that become free."""
         kept = [index for index, row in enumerate(self.rows) if row not in leaving]
         if len(kept) == len(self.rows):
             return
-        # moving the last rows alone keeps the copies of caches few
-        last = [index for index in kept if index >= len(kept)]
-        indices = [index if index in kept else last.pop() for index in range(len(kept))]
-        self.rows = [self.rows[index] for index in indices]
-        if not indices:
+        self.rows = [self.rows[index] for index in kept]
+        if not kept:
             self.session = None
         elif self.session is not None:
-            self.session.keep(indices)
+            self.session.keep(kept)
 
     def remember(self, row: Row) -> None:
         session = row.session or self.session

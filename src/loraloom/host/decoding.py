@@ -26,79 +26,49 @@ from loraloom.host.heads import Heads
 from loraloom.host.layout import RowAdapter, RowAdapters
 from loraloom.host.prepared_weights import PreparedWeights, Record
 
-# Most columns behind the last token that are not in use.
+# Columns behind the last token, for those that follow, when room for them is made.
 SPARE_TOKENS = 64
-# Most rows that are not in use, as a share of those that are, when room for them is made.
-SPARE_ROWS = 0.25
 
 
 class _Room:
-    """Keys, or values, of one layer in a larger tensor: what comes or goes moves nothing else.
+    """Keys, or values, of one layer, [B, heads, L, head_dim], with room for tokens behind them.
 
-    They are a window, [B, heads, L, head_dim], of the tensor's first rows. Tokens are added behind
-    it; when the longest row goes, columns before it are left, in which a longer one finds room.
+    A step that adds a token copies nothing; where rows come or go, all of them are copied.
     """
 
     def __init__(self, like: Tensor):
-        self._space = like.new_empty(len(like), like.shape[1], 0, like.shape[3])
-        self._num_rows = len(like)
-        self._start = 0
-        self._stop = 0
+        self._space = like[:, :, :0]
+        self._length = 0
 
     @property
     def window(self) -> Tensor:
-        return self._space[: self._num_rows, :, self._start : self._stop]
+        return self._space[:, :, : self._length]
 
     def append(self, added: Tensor) -> None:
-        if self._stop + added.shape[2] > self._space.shape[2]:
-            self._make_space(columns_after=added.shape[2])
-        self._stop += added.shape[2]
-        self.window[:, :, -added.shape[2] :] = added
+        start = self._length
+        stop = start + added.shape[2]
+        if stop > self._space.shape[2]:
+            self._space = pad(self.window, (0, 0, 0, added.shape[2] + SPARE_TOKENS))
+        self._space[:, :, start:stop] = added
+        self._length = stop
 
     def join(self, other: _Room) -> None:
-        first = self._num_rows
-        added = other.window
-        num_columns = self._stop - self._start
-        missing = max(0, added.shape[2] - num_columns)
-        num_rows = first + len(added)
-        if num_rows > len(self._space) or missing > self._start:
-            self._make_space(rows=len(added), columns_before=missing)
-        self._start -= missing
-        self.window[:, :, :missing] = 0
-        self._num_rows = num_rows
-        rows = self.window[first:]
-        unused = rows.shape[2] - added.shape[2]
-        # What was there may be NaN, which attention's mask lets through.
-        rows[:, :, :unused] = 0
-        rows[:, :, unused:] = added
+        length = max(self._length, other._length)
+        spaces = []
+        for room in (self, other):
+            padding = length - room._length
+            spaces.append(pad(room.window, (0, 0, padding, SPARE_TOKENS)))
+        self._space = torch.cat(spaces)
+        self._length = length
 
-    def keep(self, rows: Sequence[int], unused: int) -> None:
+    def keep(self, rows: Tensor, unused: int) -> None:
         """Keep these rows in this order, without the first columns, which none of them uses."""
-        self._start += unused
-        if len(rows) > len(self._space):
-            self._make_space(rows=len(rows) - self._num_rows)
-        targets = [index for index, row in enumerate(rows) if index != row]
-        if targets:
-            sources = [rows[index] for index in targets]
-            moved = torch.tensor(sources, device=self._space.device)
-            columns = self._space[:, :, self._start : self._stop]
-            columns[targets] = columns.index_select(0, moved)
-        self._num_rows = len(rows)
-
-    def _make_space(self, rows: int = 0, columns_before: int = 0, columns_after: int = 0) -> None:
-        window = self.window
-        _, num_heads, length, head_dim = window.shape
-        rows += self._num_rows
-        rows += int(rows * SPARE_ROWS)
-        columns = columns_before + length + columns_after + SPARE_TOKENS
-        self._space = window.new_empty(rows, num_heads, columns, head_dim)
-        self._start = columns_before
-        self._stop = columns_before + length
-        self.window.copy_(window)
+        self._space = self._space[:, :, unused:].index_select(0, rows)
+        self._length -= unused
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room around them."""
+    """Keys and values with room behind them."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -115,7 +85,7 @@ class _RoomyLayer(DynamicLayer):
             ours.join(theirs)
         self._show()
 
-    def keep(self, rows: Sequence[int], unused: int) -> None:
+    def keep(self, rows: Tensor, unused: int) -> None:
         for room in self._rooms:
             room.keep(rows, unused)
         self._show()
@@ -173,7 +143,7 @@ class Decoding:
         return torch.stack(pairs)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows; those that stay take this order, and are not moved in vain."""
+        """Drop all other rows; those that stay take this order."""
         self.adapters = [self.adapters[row] for row in rows]
         index = torch.tensor(rows, device=self.logits.device)
         self.logits = self.logits.index_select(0, index)
@@ -184,7 +154,7 @@ class Decoding:
             for states, key in _running_states(layer):
                 states[key] = states[key].index_select(0, index)
             if not _is_running(layer):
-                layer.keep(rows, unused)
+                layer.keep(index, unused)
 
     def join(self, other: Decoding) -> None:
         """Add the rows of another session behind one's own; its weights are this one's."""
