@@ -11,8 +11,6 @@ experts functions is chosen by the config, for all experts of a model, and other
 Source: transformers 5.24, `integrations/moe.py` (`use_experts_implementation`).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,6 @@ class ExpertsBlock:
     def __init__(self, owner: object, block: Block, module: nn.Module):
         self.owner = owner
         self.block = block
-        self.module: Any = module
         self.base_forward = module.forward
 
     def __call__(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -40,12 +37,8 @@ class ExpertsBlock:
         if not adapts and not (needs_gradient and self.block.output.quantized is not None):
             return self.base_forward(hidden_states, index, weights)
         (up,), (down,) = self.block.groups
-        base = BaseExperts(
-            self.block.projections[up],
-            self.block.projections[down],
-            self.block.gating,
-            by_slot=self.module.config._experts_implementation == "eager",
-        )
+        projections = self.block.projections
+        base = BaseExperts(projections[up], projections[down], self.block.gating)
         with outside_autocast(hidden_states):
             if forward is None or not adapts:
                 updates = []

@@ -9,8 +9,8 @@ G = M·E groups of weights, D hidden, F feed-forward, I in_features, O out_featu
 routing w, m the j-th in the adapter's routing g; `Up_e,m(x) = c ∘ (W_e x + B_e,m A_e,m x) + b_e`,
 and Down alike. A plain LoRA is M = 1 and g = 1, and only DoRA has c.
 
-The frozen products are those of all rows at once, in transformers' order, so that rows of the base
-model are what they are without adapters. An adapter's rows lie by group, so that each of its
+The frozen products are those of all rows at once, in the order of transformers' default, so that
+rows of the base model are what they are without adapters. An adapter's rows lie by group, so that each of its
 products is one grouped product. The backward pass keeps x, the frozen product W_up x and what lies
 in rank space, computes the elementwise rest again, and puts the frozen down-projection between two
 backward passes of it.
@@ -57,8 +57,6 @@ class BaseExperts:
     up: Any  # a `StackedProjection`, [E, O, D]
     down: Any  # [E, D, F]
     gating: Gating
-    by_slot: bool = False
-    """Whether the base computes expert by expert and adds up in their order (`eager`)."""
 
 
 def expert_rows(
@@ -101,18 +99,12 @@ class _Rows:
         self.base = base
         self.num_tokens, self.top_k = index.shape
         self.num_experts: int = base.up.num_experts
-        if base.by_slot:
-            self.experts, self.order = index.T.flatten().sort(stable=True)
-            self.tokens = self.order % self.num_tokens  # of each row, [P]
-            slots = self.order // self.num_tokens
-        else:
-            self.experts, self.order = torch.sort(index.flatten())
-            self.tokens = self.order // self.top_k
-            slots = self.order % self.top_k
+        self.experts, self.order = torch.sort(index.flatten())
+        self.tokens = self.order // self.top_k  # of each row, [P]
+        self.slots = self.order % self.top_k
         self.stops = group_stops(self.experts, self.num_experts)
         # A slot has random numbers by its expert's number: base models may list them in any order.
-        self.ranks = index.argsort(1).argsort(1)[self.tokens, slots]
-        self.slots = slots
+        self.ranks = index.argsort(1).argsort(1)[self.tokens, self.slots]
         owners, counts = self._owners(updates, index.device)
         num_slots = [1 if u.choice is None else u.choice.shape[1] for u in updates] + [1]
         sizes = []  # hidden rows of each adapter
@@ -180,9 +172,6 @@ class _Rows:
     def join(self, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """Add rows up by token, weighted as the base model's router says, [T, D]."""
         weighted = rows * weights[self.tokens, self.slots].unsqueeze(1)
-        if self.base.by_slot:
-            total = weighted.new_zeros(self.num_tokens, rows.shape[1], dtype=dtype)
-            return total.index_add_(0, self.tokens, weighted.to(dtype))
         ordered = torch.empty_like(weighted).index_copy_(0, self.order, weighted)
         return ordered.view(self.num_tokens, self.top_k, -1).sum(1).to(dtype)
 
