@@ -7,8 +7,6 @@ lacks (in 2.10 free memory and a limit of memory) comes from the module of the d
 import gc
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -79,16 +77,6 @@ def limit_memory(device: torch.device, limit: int) -> None:
     module = torch.get_device_module(device)
     _, total = module.mem_get_info(device)
     module.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
-@contextmanager
-def restored_limit(device: torch.device) -> Iterator[None]:
-    with ExitStack() as at_end:
-        if has_separate_memory(device):
-            module = torch.get_device_module(device)
-            share = module.get_per_process_memory_fraction(device)
-            at_end.callback(module.set_per_process_memory_fraction, share, device)
-        yield
 
 
 def free_memory() -> None:

@@ -264,8 +264,7 @@ def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
     host.ranks = ranks
     gradient_checkpointing = host.gradient_checkpointing
     try:
-        with devices.restored_limit(host.device):
-            yield
+        yield
     except BaseException:
         for name in host.adapters.keys() - names:
             host.remove(name)
