@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraloom.adapters.experts import RoutedProjection
 from loraloom.adapters.mixlora import MixLoraAdapter
 from loraloom.errors import AdapterError
 from loraloom.training.step.fused import forward_backward
@@ -93,35 +92,6 @@ def test_it_is_saved_and_decodes_as_it_was_trained(config, tmp_path):
         full = host(ids, adapters=["a", "b"]).logits
         torch.testing.assert_close(host(ids[:, :1], adapters=["b", "a"]).logits, full[:, :1])
         torch.testing.assert_close(host(ids, adapters=["b", "b"]).logits[:1], full[:1])
-
-
-def numbers_seen(monkeypatch, host, **arguments):
-    """The samples of the first projection that chooses."""
-    seen, choose = [], RoutedProjection.choose
-
-    def spy(self, logits, hidden_states, tokens):
-        seen.append(tokens.samples(hidden_states).tolist())
-        return choose(self, logits, hidden_states, tokens)
-
-    monkeypatch.setattr(RoutedProjection, "choose", spy)
-    with torch.no_grad():
-        host.hidden(**arguments)
-    return seen[0]
-
-
-def test_a_choice_may_know_the_sample_of_each_token(monkeypatch):
-    host = tiny_host(configs={"a": ALL_METHODS["mola"]})
-    ids, names = tiny_ids(2, 4), ["a", "a"]
-    assert numbers_seen(monkeypatch, host, input_ids=ids, adapters=names) == [0] * 4 + [1] * 4
-    with host.prepared():
-        seen = numbers_seen(monkeypatch, host, input_ids=ids, adapters=names)
-    assert seen == [0] * 4 + [1] * 4
-    mask = padded_mask([2, 4], "left", 4)
-    seen = numbers_seen(monkeypatch, host, input_ids=ids, attention_mask=mask, adapters=names)
-    assert seen == [-1, -1, 0, 0, 1, 1, 1, 1]
-    packed = {"sample_lengths": [[1, 2], [4]], "sample_keys": [5, 6, 7], "training": True}
-    seen = numbers_seen(monkeypatch, host, input_ids=ids, adapters=names, **packed)
-    assert seen == [0, 1, 1, -1, 2, 2, 2, 2]
 
 
 class ChoosingAdapter(MixLoraAdapter):

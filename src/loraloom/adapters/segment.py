@@ -1,7 +1,6 @@
 """What a method is given of a running forward, and what it gives back.
 
-Axes: T tokens of one segment, I in_features, D hidden, F feed-forward, E experts, K slots of a
-token, n rows.
+Axes: T tokens of one segment, D hidden, F feed-forward, E experts, K slots of a token, n rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,18 +24,6 @@ class SegmentTokens:
     real_index: Tensor | None = None  # their positions
     noise: SampleNoise | None = None  # for dropout and jitter; None outside training
     record: Callable[[LayerRouting], None] | None = None  # of a router; None where nobody asks
-    row_length: int = 1  # tokens of a row of the batch
-
-    def samples(self, hidden_states: Float[Tensor, "T I"]) -> Int[Tensor, " T"]:
-        """Number the samples that tokens are of, or their rows outside training; padding: -1."""
-        positions = torch.arange(len(hidden_states), device=hidden_states.device)
-        numbers = positions // self.row_length
-        if self.noise is not None:
-            for number, span in enumerate(self.noise.spans):
-                numbers[span.tokens] = number
-        if self.real is None:
-            return numbers
-        return numbers.where(self.real, -1)
 
     def record_routing(
         self,

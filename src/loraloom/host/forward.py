@@ -87,7 +87,6 @@ class ForwardContext:
             real_index=segment.real_index,
             noise=noise,
             record=record,
-            row_length=segment.row_length,
         )
 
     def updates(

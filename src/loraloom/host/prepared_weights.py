@@ -303,7 +303,6 @@ class StackedPlan:
     cohorts: tuple[Cohort, ...]  # those that adapt FFN blocks too come first
     num_in_ffn: int
     device: torch.device
-    row_length: int
     ffn_take: Tensor | None = None  # token row of each place
     ffn_put: Tensor | None = None  # place of each token row
 
@@ -338,12 +337,12 @@ def make_plan(
         put = put.to(device)
         cohorts.append(Cohort(stack, entries, counts, take, put, is_outside))
     if orders and cohorts[0].put is None:
-        return StackedPlan(tuple(cohorts), 1, device, length)
+        return StackedPlan(tuple(cohorts), 1, device)
     left = is_left.nonzero().flatten()
     num_before = sum(map(len, orders))
     ffn_put[left] = num_before + torch.arange(len(left))
     ffn_take = torch.cat([*orders, left]).to(device)
-    return StackedPlan(tuple(cohorts), len(orders), device, length, ffn_take, ffn_put.to(device))
+    return StackedPlan(tuple(cohorts), len(orders), device, ffn_take, ffn_put.to(device))
 
 
 def _adapts_ffn(adapters: _Part) -> bool:

@@ -132,7 +132,7 @@ class StackedForward:
         real_index = None
         if count < cohort.width and record is not None:
             real_index = torch.arange(count, device=self._plan.device)
-        return SegmentTokens(layer, None, real_index, None, record, self._plan.row_length)
+        return SegmentTokens(layer, None, real_index, None, record)
 
     def _updates(
         self, site: ProjectionSite, hidden_states: Tensor, dtype: torch.dtype
