@@ -125,20 +125,22 @@ def test_what_files_would_not_hold_is_refused(part, message):
         tiny_host(configs={}).add("a", OddConfig(rank=2))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"title": None}, "must have a title .string., got "),
-        ({"formula": " "}, "must have a formula .string."),
-        ({"layout": "peft"}, 'must have layout = "native"'),
-        ({"method": "half", "__annotations__": {"method": str}}, "must have method: Literal"),
-    ],
-)
-def test_a_configuration_that_lacks_something_is_refused(changes, message, methods_as_before):
-    fields = {"__doc__": "A faulty one.", "__module__": __name__, "peft_type": "FAULTY", **changes}
-    faulty = type("Faulty", (HalfConfig,), fields)
-    with pytest.raises(ConfigError, match=message):
-        loraloom.register_method(faulty)
+def test_a_configuration_that_lacks_something_is_refused():
+    class UntitledConfig(LowRankConfig):
+        """A method whose model cards would have no name for it."""
+
+        peft_type = "UNTITLED"
+        formula = "y = Wx"
+
+    class ForeignConfig(HalfConfig):
+        """A method whose tensors another library would name."""
+
+        layout = "peft"
+
+    with pytest.raises(ConfigError, match=r"UntitledConfig\.title must be a string, got none"):
+        loraloom.register_method(UntitledConfig)
+    with pytest.raises(ConfigError, match=r"ForeignConfig\.layout must be .native., got 'peft'"):
+        loraloom.register_method(ForeignConfig)
 
 
 def test_names_that_are_taken_are_refused(registered):

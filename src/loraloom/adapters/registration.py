@@ -1,14 +1,14 @@
 """Which methods there are, and how a further one is registered."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Annotated, Any, TypeVar, Union, get_args
+from typing import Annotated, Any, TypeVar, Union
 
 from pydantic import Field, TypeAdapter
 
 from loraloom.adapters.contract import AdapterConfig
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import ConfigError
 
 CONFIGS: list[type[AdapterConfig]] = []
 """The methods that are known."""
@@ -55,8 +55,11 @@ def register_method(config: _METHOD) -> _METHOD:
     Raises:
         ConfigError: If the configuration is incomplete, or `method` or `peft_type` is taken.
     """
-    if lacking := ", ".join(_lacking(config)):
-        raise ConfigError(f"a method's configuration must have {lacking}, got {shown(config)}")
+    for name in ("peft_type", "title", "formula"):
+        if not hasattr(config, name):
+            raise ConfigError(f"{config.__name__}.{name} must be a string, got none")
+    if config.layout != "native":
+        raise ConfigError(f'{config.__name__}.layout must be "native", got {config.layout!r}')
     name = config.model_fields["method"].default
     for existing in list(CONFIGS):
         names = {existing.model_fields["method"].default, *existing.aliases}
@@ -74,24 +77,6 @@ def register_method(config: _METHOD) -> _METHOD:
         for listener in LISTENERS:
             listener()
     return config
-
-
-def _lacking(config: Any) -> Iterator[str]:
-    if not isinstance(config, type) or not issubclass(config, AdapterConfig):
-        yield "the base class AdapterConfig"
-        return
-    attributes = {n: v for base in reversed(config.__mro__) for n, v in vars(base).items()}
-    for name in ("peft_type", "title", "formula"):
-        value = attributes.get(name)
-        if not isinstance(value, property) and not (isinstance(value, str) and value.strip()):
-            yield f"a {name} (string)"
-    method = config.model_fields["method"]
-    if get_args(method.annotation) != (method.default,):
-        yield 'method: Literal["name"] = "name"'
-    if config.__abstractmethods__:
-        yield f"the functions {', '.join(sorted(config.__abstractmethods__))}"
-    if config.layout != "native":
-        yield 'layout = "native"'
 
 
 def take_entries(group: str, take: Callable[[Any, str], object]) -> None:
