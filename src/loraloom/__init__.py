@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loraloom.adapters import *  # noqa: F403
     from loraloom.adapters import register_method as register_method
-    from loraloom.adapters.routed.fitting import RouterFit as RouterFit
     from loraloom.base.loading import load_base_model as load_base_model
     from loraloom.config.data import PromptForm as PromptForm
     from loraloom.errors import AdapterError as AdapterError
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from loraloom.generation.generate import Completion as Completion
     from loraloom.generation.generate import generate as generate
     from loraloom.generation.prompts import Prompt as Prompt
+    from loraloom.generation.router import RouterFit as RouterFit
     from loraloom.generation.router import fit_router as fit_router
     from loraloom.generation.sampling import SamplingConfig as SamplingConfig
     from loraloom.host.forwards import HostOutput as HostOutput
@@ -56,7 +56,6 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": "register_method",
-    "adapters.routed.fitting": "RouterFit",
     "base.loading": "load_base_model",
     "config.data": "PromptForm",
     "errors": "AdapterError ConfigError DataError FormatError LoraloomError ModelError "
@@ -68,7 +67,7 @@ _HOMES = {
     "exports.model": "Export export",
     "generation.generate": "Completion generate",
     "generation.prompts": "Prompt",
-    "generation.router": "fit_router",
+    "generation.router": "RouterFit fit_router",
     "generation.sampling": "SamplingConfig",
     "host.forwards": "HostOutput",
     "host.host": "Host attach",

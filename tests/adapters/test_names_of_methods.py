@@ -9,7 +9,7 @@ from loraloom.adapters import CONFIGS
 SOURCES = Path(loraloom.__file__).parent
 METHODS = (SOURCES / "adapters", SOURCES / "formats", SOURCES / "exports/gguf.py")
 _SHARED = {
-    *"choice combining contract experts extra_modules fitting low_rank projection prompt_router "
+    *"combining contract experts extra_modules low_rank projection prompt_router "
     "segment tensor_names weighted_sum".split()
 }
 """Files in adapters/ that belong to no method."""

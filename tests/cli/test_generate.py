@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.cli import generate as verb
 from loraloom.cli.main import main
 from loraloom.generation.generate import Completion
+from loraloom.host.choice import Choice
 from tests.generation.saved import write_rows
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import complete
 from loraloom.generation.request import Event, GenerationRequest, Piece
 from loraloom.generation.sampling import SamplingConfig
+from loraloom.host.choice import Choice
 from loraloom.host.layout import RowAdapter
 
 TEXTS = (

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.generation.request import GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import Scheduler
+from loraloom.host.choice import Choice
 from tests.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()

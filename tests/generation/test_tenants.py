@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.generation.engine import READ_PER_TOKEN, Engine
 from loraloom.generation.request import GenerationRequest, Row
 from loraloom.generation.runner import PrefixCache
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
+from loraloom.host.choice import Choice
 from tests.tiny import METHODS
 
 Make = Callable[[str], GenerationRequest]

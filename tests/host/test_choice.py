@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraloom import LoraConfig, RoutedConfig
-from loraloom.adapters.routed.choice import round_shares
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, parse_sum
+from loraloom.host.choice import round_shares
 from tests.tiny import tiny_host
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.contract import Adapter
-from loraloom.adapters.routed.choice import MAX_PROMPT, Choice
 from loraloom.devices import free_memory
 from loraloom.errors import DataError, not_finite
 from loraloom.generation.prompts import check_token_ids
@@ -35,6 +34,7 @@ from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import too_large
 from loraloom.generation.tenants import has_place
+from loraloom.host.choice import MAX_PROMPT, Choice
 from loraloom.host.forward import Record
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, rows_in_record

@@ -8,7 +8,6 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError, shown
@@ -17,7 +16,7 @@ from loraloom.generation.prompts import Prompt, check_token_ids, read_prompts
 from loraloom.generation.request import Event, GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.host.choice import describe_choice
+from loraloom.host.choice import Choice, describe_choice
 from loraloom.host.host import Host
 
 

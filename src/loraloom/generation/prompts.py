@@ -10,14 +10,13 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.config.data import PromptForm
 from loraloom.data.chat import omitted_tools
 from loraloom.data.control_tokens import drop_marks, mark_control_tokens
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
-from loraloom.host.choice import is_routed
+from loraloom.host.choice import Choice, is_routed
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, name_and_scale
 

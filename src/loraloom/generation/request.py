@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import LoraloomError
 from loraloom.generation.sampling import JsonConstraint, SamplingConfig, TextStream, TokenChooser
+from loraloom.host.choice import Choice
 from loraloom.host.decoding import Decoding
 from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice

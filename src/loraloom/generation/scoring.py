@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.base.structure import keeps_running_states
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair, count_shared
 from loraloom.devices import free_memory
 from loraloom.errors import DataError
+from loraloom.host.choice import Choice
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import LayerRouting

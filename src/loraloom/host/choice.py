@@ -1,26 +1,39 @@
 """What answers a prompt: its adapter, or the experts that a router chooses for the whole prompt.
 
-Axes: B prompts, L tokens of the longest, T tokens of all, D hidden.
+Axes: B prompts, L tokens of the longest, T tokens of all, D hidden, E experts, K top_k.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.routed.choice import MAX_PROMPT, Choice, choose_experts
+from loraloom.adapters.contract import Adapter
 from loraloom.adapters.routed.method import prompt_router_of
+from loraloom.adapters.routed.prompt_router import PromptRouter
+from loraloom.adapters.weighted_sum import write_sum
 from loraloom.base.sharding import recovering
-from loraloom.errors import DataError
+from loraloom.errors import DataError, not_finite
 from loraloom.host.layout import RowAdapter, name_and_scale
+from loraloom.ops.token_loss import is_broken
 
+# Tokens of a prompt that are read: its last ones.
+MAX_PROMPT = 512
 # Tokens of a forward.
 MAX_TOKENS = 8192
+
+
+class Choice(NamedTuple):
+    """What answers a prompt, and where a router has chosen, how sure it was and why."""
+
+    adapter: str | tuple[str, float] | None  # as a row's
+    probabilities: Mapping[str, float] | None = None  # of all experts
+    telling_token: int = 0  # which speaks for the expert most
 
 
 def describe_choice(choice: Choice, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -60,15 +73,75 @@ def choose(
         if name is not None and is_routed(host, name):
             rows_by_name.setdefault(name, []).append(row)
     for name, rows in rows_by_name.items():
-        prompts_of_name = [prompts[row] for row in rows]
-        states_of = partial(prompt_states, host)
-        chosen = choose_experts(host.adapter(name), prompts_of_name, states_of)
+        chosen = _choose_experts(host, host.adapter(name), [prompts[row] for row in rows])
         for row, choice in zip(rows, chosen, strict=True):
             _, scale = name_and_scale(adapters[row])
             if scale != 1:
                 choice = choice._replace(adapter=(str(choice.adapter), scale))
             choices[row] = choice
     return choices
+
+
+def _choose_experts(host: Any, adapter: Adapter, prompts: Sequence[Sequence[int]]) -> list[Choice]:
+    """Choose what answers each prompt, in the order of the prompts."""
+    router = prompt_router_of(adapter)
+    assert router is not None
+    choices: dict[int, Choice] = {}
+    for indices, states, owners in prompt_states(host, prompts, router.num_layers_read):
+        batch = [prompts[index][-MAX_PROMPT:] for index in indices]
+        chosen = _choose_in_batch(adapter, router, batch, states, owners)
+        choices.update(zip(indices, chosen, strict=True))
+    return [choices[index] for index in range(len(prompts))]
+
+
+def _choose_in_batch(
+    adapter: Adapter,
+    router: PromptRouter,
+    prompts: Sequence[Sequence[int]],
+    states: Tensor,
+    owners: Tensor,
+) -> list[Choice]:
+    logits = router(states, owners)  # (B, E)
+    if is_broken(logits).any():
+        raise not_finite("logits of its router", "infinite ones or NaN", [adapter.name])
+    top, top_experts = logits.topk(adapter.config.experts_per_token)  # (B, K)
+    # A token speaks for an expert by how much its score exceeds that of all on average.
+    scores = router.scores(states)  # (T, E)
+    best = top_experts[owners, :1]  # of a token's prompt, (T, 1)
+    excess = scores.gather(1, best).squeeze(1) - scores.mean(1)  # (T,)
+    by_prompt = excess.split([len(prompt) for prompt in prompts])
+    weights = top.softmax(-1).tolist()
+    probabilities = logits.softmax(-1).tolist()
+    names = list(adapter.members)
+    choices = list[Choice]()
+    for row, experts in enumerate(top_experts.tolist()):
+        # In hundredths, so that rows share sums.
+        shares = round_shares(weights[row])
+        paths = [f"{adapter.name}/{names[expert]}" for expert in experts]
+        chosen = [(path, share) for path, share in zip(paths, shares, strict=True) if share]
+        telling = int(by_prompt[row].argmax())
+        choice = Choice(
+            adapter=chosen[0][0] if len(chosen) == 1 else write_sum(chosen),
+            probabilities=dict(zip(names, probabilities[row], strict=True)),
+            telling_token=prompts[row][telling],
+        )
+        choices.append(choice)
+    return choices
+
+
+def round_shares(shares: Sequence[float]) -> list[float]:
+    """Round shares to hundredths that sum to 1, by largest remainders; their order stays."""
+    total = sum(shares)
+    exact = [100 * share / total for share in shares]
+    hundredths = [math.floor(value) for value in exact]
+
+    def priority(index: int) -> tuple[float, float]:
+        return hundredths[index] - exact[index], -shares[index]
+
+    num_missing = 100 - sum(hundredths)
+    for index in sorted(range(len(exact)), key=priority)[:num_missing]:
+        hundredths[index] += 1
+    return [number / 100 for number in hundredths]
 
 
 @torch.no_grad()

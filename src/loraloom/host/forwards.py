@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.routed.method import prompt_router_of
 from loraloom.adapters.segment import SampleTokens
 from loraloom.base.sharding import recovering
 from loraloom.errors import AdapterError, ModelError
+from loraloom.host.choice import Choice
 from loraloom.host.forward import ForwardContext, current_forward, running
 from loraloom.host.layout import Layout, RowAdapter, RowAdapters, SampleLengths, make_layout
 from loraloom.host.prepared_weights import (

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.contract import Adapter, AdapterConfig
-from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.routed.method import add_experts
 from loraloom.base.families import FAMILIES
 from loraloom.base.sharding import decoder_of
@@ -26,7 +25,7 @@ from loraloom.errors import ModelError, names_in
 from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
-from loraloom.host.choice import choose
+from loraloom.host.choice import Choice, choose
 from loraloom.host.decoding import Decoding, Sessions
 from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput
 from loraloom.host.heads import Heads

@@ -20,7 +20,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.config.fields import checked
 from loraloom.data.templates import ChatTemplate
 from loraloom.data.tokens import TokenPair
@@ -29,6 +28,7 @@ from loraloom.generation import scoring
 from loraloom.generation.generate import complete
 from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig
+from loraloom.host.choice import Choice
 from loraloom.host.host import Host
 from loraloom.terminal import make_console, show_progress
 

@@ -15,7 +15,6 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
 from loraloom.config.fields import checked
 from loraloom.data.tokens import name_of_token
@@ -30,7 +29,7 @@ from loraloom.generation.request import (
     log_failure,
 )
 from loraloom.generation.sampling import JsonConstraint, SamplingConfig, end_tokens
-from loraloom.host.choice import describe_choice, is_routed
+from loraloom.host.choice import Choice, describe_choice, is_routed
 from loraloom.host.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
