@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
@@ -38,7 +38,6 @@ _PATTERN = re.compile(
     rf"(?:(?!\w*experts?\.)(?P<projection>[^\W\d]\w*)\.(?:experts\.(?P<expert>\d{{1,5}})\.)?)?{_PART}",
     re.ASCII,
 )
-_SHARED = re.compile(rf"shared\.{_PART}", re.ASCII)
 _WITHIN = re.compile(r"experts\.\d{1,5}\.", re.ASCII)
 
 Shape = tuple[int, ...]
@@ -88,16 +87,10 @@ class TensorKey:
         return ".".join(name for name in names if name is not None)
 
 
-def check_can_be_saved(module: nn.Module, tensors: Mapping[str, Tensor], title: str) -> None:
-    """Raise an AdapterError if a method's tensors would not all come back from files."""
+def check_can_be_saved(module: nn.Module, tensors: Iterable[Tensor], title: str) -> None:
+    """Raise an AdapterError if a method's files would lack some of its trained parameters."""
     num_saved = defaultdict[int, int](int)  # numbers, by their storage
-    for name, tensor in tensors.items():
-        if TensorKey.parse(within(name)) is None and not _SHARED.fullmatch(within(name)):
-            raise AdapterError(
-                f"tensors of {title} must be called shared.PART, layers.L.BLOCK.PART, "
-                "layers.L.BLOCK.PROJECTION.PART or …PROJECTION.experts.E.PART, where PART is one "
-                f"word, neither weight nor bias, got {name}; rename that tensor in tensors()"
-            )
+    for tensor in tensors:
         num_saved[tensor.untyped_storage().data_ptr()] += tensor.numel()
     for name, weight in module.named_parameters():
         storage = weight.untyped_storage().data_ptr()

@@ -141,7 +141,7 @@ class AdapterRegistry:
         # Tensors of inference mode could neither be trained nor decode; draws are the CPU's.
         with torch.inference_mode(False), torch.device("cpu"):
             adapter = config.build(name, self.layers, dtype, seed)
-            check_can_be_saved(adapter, adapter.tensors(), config.title)
+            check_can_be_saved(adapter, adapter.tensors().values(), config.title)
             adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))
         return adapter
 
