@@ -49,12 +49,9 @@ def test_other_figures_have_rows_of_their_own():
     results = {
         "base": {"rows": {"loss": 2.0, "interval": [1.5, 2.5], "perplexity": 7.389}, "new": {}},
         "mix": {"wiki": {"metrics": {"acc,none": {"value": 0.5, "stderr": None}}}},
-        "dpo": {"pairs": {"loss": 0.7, "reward_margin": 0.1, "reward_margin_interval": [0.0, 0.2]}},
     }
-    results["dpo"]["pairs"]["reward_accuracy"] = 0.5
     text = printed(*Evaluation(schema_version=1, results=results).tables(), width=200)
     cells = ("2.0000 (1.5000–2.5000)", "7.389 (4.482–12.18)", "acc", "0.5000 ± –")
-    cells += ("loss, nats a token", "loss, nats a pair")
     for cell in cells:
         assert cell in text
 

@@ -34,9 +34,8 @@ TaskName = Literal[
 Scoring = Literal["label", "text"]
 DataFormat = Literal["instruction", "chat", "text", "preference"]
 
-# Longest row in tokens, and DPO's beta, where nothing else is said, in training and evaluation.
+# Longest row in tokens where nothing else is said, in training and evaluation.
 MAX_LENGTH = 512
-BETA = 0.1
 
 # What a row of each format is made of: the keys that `fields` may map to columns.
 FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {

@@ -23,7 +23,7 @@ from loraloom.errors import ConfigError, not_finite
 from loraloom.eval import generated_answers
 from loraloom.eval.cache import describe_adapters, describe_evaluation
 from loraloom.eval.generated_answers import AnswerSet, load_answer_set
-from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
+from loraloom.eval.held_out import HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, Fields, check_limit
 from loraloom.eval.routing import RoutingTally
 from loraloom.eval.score import Scorer, Scores, score_questions, task_scores, with_all_labels
@@ -88,7 +88,6 @@ def evaluate_loss(
     *,
     max_length: int | None = None,
     limit: int | None = None,
-    beta: float = BETA,
     **options: Any,
 ) -> Evaluation:
     """Compute the loss of several adapters on held-out rows, all in one pass, and compare them.
@@ -102,7 +101,6 @@ def evaluate_loss(
         max_length: Longest row in tokens; None for the default of training, or the model's
             maximum if that is less.
         limit: Maximum number of rows, from the beginning.
-        beta: Factor of DPO's rewards, for preference pairs.
         **options: Options of `evaluate`.
 
     Raises:
@@ -112,7 +110,7 @@ def evaluate_loss(
     """
     scorer = _make_scorer(host, tokenizer, adapters, **options)
     if isinstance(data, SourceConfig | Mapping):
-        data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
+        data = [load_held_out(host, tokenizer, data, max_length, limit)]
     sets = list(data)
     if not sets:
         raise ConfigError("data must have at least one data set, got none")
@@ -202,9 +200,6 @@ def _score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
 
 
 def _score_rows(data: HeldOutSet, scorer: Scorer, tally: RoutingTally) -> Scores:
-    adapters = scorer.adapters
-    if data.has_pairs and None not in adapters:  # rewards are relative to the base model
-        scorer = replace(scorer, adapters=[None, *adapters])
     rows = [[example_row(example) for example in examples] for examples in data.rows]
     keys = []
     for examples in data.rows:
@@ -219,11 +214,8 @@ def _score_rows(data: HeldOutSet, scorer: Scorer, tally: RoutingTally) -> Scores
     losses = {}
     for adapter, log_probs in scores.items():
         _check_finite("losses", adapter, log_probs, origins)
-        losses[adapter] = [-log_prob for (log_prob,) in log_probs]
-    by_name = {adapter or BASE: losses[adapter] for adapter in adapters}
-    if data.has_pairs:
-        return pair_scores(data, by_name, losses[None])
-    return row_scores(data, by_name)
+        losses[adapter or BASE] = [-log_prob for (log_prob,) in log_probs]
+    return pair_scores(data, losses) if data.has_pairs else row_scores(data, losses)
 
 
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:

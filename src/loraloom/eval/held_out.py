@@ -1,8 +1,7 @@
 """Held-out rows of a data set, encoded as training would encode them, and their losses.
 
 An adapter's loss is the sum over the tokens that training would learn from, in nats, by their
-number. A pair's margin is log p(chosen) - log p(rejected), each summed over its tokens. A reward
-margin is β × the adapter's margin less the base model's, and the loss DPO's, -log σ of that.
+number. Of a preference pair, the answer whose log p, summed over its tokens, is higher is preferred.
 """
 
 import hashlib
@@ -12,22 +11,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import BETA, MAX_LENGTH, SourceConfig
+from loraloom.config.data import MAX_LENGTH, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import describe, find_location, is_data_file
 from loraloom.data.tasks import find_task
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError
-from loraloom.eval.results import Fields, check_limit
+from loraloom.eval.results import check_limit
 from loraloom.eval.score import Scores
-from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
+from loraloom.eval.statistics import ratio_intervals, ratio_stderr, share_fields
 from loraloom.host.host import Host
 
 _SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
@@ -66,7 +64,6 @@ def load_held_out(
     data: SourceConfig | Mapping[str, Any],
     max_length: int | None = None,
     limit: int | None = None,
-    beta: float = BETA,
 ) -> HeldOutSet:
     """Read and encode a data set as training would; arguments and errors as in `evaluate_loss`."""
     source = checked(SourceConfig, data)
@@ -101,7 +98,6 @@ def load_held_out(
     if source.format == "preference":  # whose answers are rows of their own
         rows = [[answer] for pair in rows for answer in pair]
         row_indices = [index for index in row_indices for _ in range(2)]
-        details["beta"] = beta
     return HeldOutSet(data_set_name(name), rows, row_indices, details)
 
 
@@ -144,54 +140,25 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
     return scores
 
 
-def pair_scores(
-    data: HeldOutSet, losses: Mapping[str, Sequence[float]], reference: Sequence[float]
-) -> Scores:
+def pair_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Scores:
     """How often adapters rank chosen answers above rejected ones, which are rows in turn."""
-    reference_margins = _margins(reference)
     scores = Scores(data.name, data.details)
     for name, row_losses in losses.items():
-        margins = _margins(row_losses)
-        rewards = data.details["beta"] * (margins - reference_margins)
-        correct = (margins > 0).tolist()
-        scores.values[name] = correct
-        scores.results[name] = _pair_result(data, correct, rewards)
-        for pair, reward in enumerate(rewards.tolist()):
-            chosen_loss, rejected_loss = row_losses[2 * pair : 2 * pair + 2]
+        correct = []
+        pairs = zip(data.row_indices[::2], row_losses[::2], row_losses[1::2], strict=True)
+        for index, chosen_loss, rejected_loss in pairs:
+            correct.append(chosen_loss < rejected_loss)
             line = {
                 "dataset": data.name,
                 "adapter": name,
-                "index": data.row_indices[2 * pair],
-                "correct": correct[pair],
+                "index": index,
+                "correct": correct[-1],
                 "chosen_log_prob": -chosen_loss,
                 "rejected_log_prob": -rejected_loss,
-                "reward_margin": reward,
             }
             scores.lines.append(line)
+        scores.values[name] = correct
+        scores.results[name] = share_fields(correct)
+        scores.results[name]["num_tokens"] = sum(data.num_tokens)
+        scores.results[name]["split"] = data.details["split"]
     return scores
-
-
-def _pair_result(data: HeldOutSet, correct: Sequence[bool], rewards: np.ndarray) -> Fields:
-    losses = np.logaddexp(0, -rewards)
-    ones = np.ones(len(rewards))
-    accuracy = fmean(correct)
-    loss_interval, reward_interval = ratio_intervals(np.column_stack([losses, rewards]), ones)
-    return {
-        "loss": float(losses.mean()),
-        "stderr": ratio_stderr(losses, ones),
-        "interval": list(loss_interval),
-        "accuracy": accuracy,
-        "accuracy_interval": list(wilson_interval(accuracy, len(rewards))),
-        "reward_accuracy": fmean(rewards > 0),
-        "reward_margin": fmean(rewards),
-        "reward_margin_stderr": ratio_stderr(rewards, ones),
-        "reward_margin_interval": list(reward_interval),
-        "num_examples": len(rewards),
-        "num_tokens": sum(data.num_tokens),
-        "split": data.details["split"],
-    }
-
-
-def _margins(losses: Sequence[float]) -> np.ndarray:
-    log_probs = -np.asarray(losses, dtype=np.float64)
-    return log_probs[0::2] - log_probs[1::2]

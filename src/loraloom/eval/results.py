@@ -32,14 +32,13 @@ if TYPE_CHECKING:
 MARK = "†"
 ACCURACY = "accuracy %"
 LOSS = "loss, nats a token"
-PAIR_LOSS = "loss, nats a pair"
 _UNITS = {"accuracy": "points", "loss": "nats a token", "score": "score"}
 NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
 # Of the data frame, those that there are.
 _COLUMNS = (
     "adapter", "task", "split", "group", "accuracy", "score", "loss", "stderr", "low", "high",
-    "perplexity", "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
+    "perplexity", "num_examples", "num_tokens", "majority",
 )  # fmt: skip
 
 # Comparisons that are told in a sentence each; of more, the table's stars name the winners.
@@ -231,20 +230,14 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
     cells = {}
     interval = result.get("interval", ())
     if result.get("accuracy") is not None:
-        accuracy_interval = result.get("accuracy_interval", interval)
-        text = _with_interval(_percent, result["accuracy"], accuracy_interval)
+        text = _with_interval(_percent, result["accuracy"], interval)
         if result.get("beats_majority") is False:
             text += MARK
         cells[_accuracy_of(result)] = text
     if "score" in result:
         cells["score"] = _with_interval(_decimals, result["score"], interval)
-    if "reward_margin" in result:
-        margin = result["reward_margin"]
-        margin_interval = result["reward_margin_interval"]
-        cells["reward accuracy %"] = _percent(result["reward_accuracy"])
-        cells["reward margin"] = _with_interval(_decimals, margin, margin_interval)
     if "loss" in result:
-        cells[_figure_of(result)] = _with_interval(_decimals, result["loss"], interval)
+        cells[LOSS] = _with_interval(_decimals, result["loss"], interval)
     if result.get("perplexity") is not None:
         bounds = [math.exp(min(bound, 700)) for bound in interval]
         cells["perplexity"] = _with_interval("{:.4g}".format, result["perplexity"], bounds)
@@ -260,8 +253,6 @@ def _harness_cells(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[st
 
 
 def _figure_of(result: Mapping[str, Any]) -> str:
-    if "reward_margin" in result:
-        return PAIR_LOSS
     if "loss" in result:
         return LOSS
     return "score" if "score" in result else _accuracy_of(result)

@@ -17,7 +17,6 @@ from typing_extensions import override
 from loraloom import adapters
 from loraloom.adapters.tensor_names import Pattern
 from loraloom.config.data import (
-    BETA,
     MAX_LENGTH,
     DataConfig,
     Scoring,
@@ -103,7 +102,7 @@ class DpoConfig(_PairsConfig):
     """Direct preference optimization."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss of DPO's paper, or of IPO's on log-probabilities per token."""
-    beta: float = Field(default=BETA, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference policy; τ in IPO's paper."""
     reference: str = Field(default=BASE_REFERENCE, min_length=1)
     """Reference policy: base for the base model, or an adapter's directory or Hub ID."""
