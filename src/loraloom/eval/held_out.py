@@ -1,7 +1,7 @@
 """Held-out rows of a data set, encoded as training would encode them, and their losses.
 
 An adapter's loss is the sum over the tokens that training would learn from, in nats, by their
-number. Of a preference pair, the answer whose log p, summed over its tokens, is higher is preferred.
+number. A pair is ranked correctly if the chosen answer's log p, summed over its tokens, is higher.
 """
 
 import hashlib
