@@ -1,5 +1,3 @@
-import random
-
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -12,7 +10,6 @@ from loraloom.data.tokens import (
     encode_pairs,
     encode_texts,
     fit,
-    group_by_length,
     leading_tokens,
 )
 from loraloom.errors import DataError
@@ -120,16 +117,3 @@ def test_the_last_answer_needs_a_token_before_it_and_bos_stays_in_front():
     assert fit(row, [1], 4).pieces[0].input_ids == (1, 4, 5, 6)
     assert fit(row, [1], 3).pieces[0].labels == (NO_LOSS, 5, 6)
     assert fit(row, [1], 2) == DROPPED
-
-
-def test_mega_batches_are_shuffled_and_sorted_within_as_in_transformers():
-    lengths = list(range(1, 41))
-    random.Random(0).shuffle(lengths)
-    order = [100 + place for place in range(40)]
-    grouped = group_by_length(order, lengths, batch_size=2)
-    sizes = [lengths[index - 100] for index in grouped]
-    assert sorted(grouped) == order
-    parts = [sizes[start : start + 10] for start in range(0, 40, 10)]  # 5 batches, a quarter
-    assert sizes[0] == 40
-    assert all(part[1:] == sorted(part[1:], reverse=True) for part in parts)
-    assert group_by_length([7, 8, 9], [1, 3, 2], batch_size=4) == [8, 9, 7]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -282,18 +281,3 @@ def join_samples(samples: Sequence[Example]) -> Example:
         tokens += sample.input_ids
         labels += (NO_LOSS, *sample.labels[1:])
     return Example(tuple(tokens), tuple(labels), samples[0].sample_id)
-
-
-def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
-    """Sort within mega-batches, as transformers 5.24, `trainer_pt_utils` (the longest first)."""
-    num_batches = min(len(order) // (batch_size * 4), 50)
-    size = max(num_batches, 1) * batch_size
-    batches: list[list[int]] = []
-    for start in range(0, len(order), size):
-        indices = range(len(order))[start : start + size]
-        batches.append(sorted(indices, key=lambda index: -lengths[index]))
-    # the longest example of all comes first, so that memory runs out early if it does
-    first = batches[0]
-    longest = max(batches, key=lambda batch: lengths[batch[0]])
-    first[0], longest[0] = longest[0], first[0]
-    return [order[index] for index in chain(*batches)]

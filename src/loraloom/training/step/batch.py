@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loraloom.adapters.contract import Adapter
-from loraloom.data.tokens import Example, TrainingExample, count_labels, first_fit, group_by_length
+from loraloom.data.tokens import Example, TrainingExample, count_labels, first_fit
 from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet, examples_digest
 from loraloom.errors import ConfigError
 from loraloom.routing.record import RouterName
@@ -108,7 +109,9 @@ class StepOrder:
         if not self.config.group_by_length:
             return order
         lengths = [longest_row(self.training_set.examples[index]) for index in order]
-        return group_by_length(order, lengths, self.config.batch_size)
+        generator = torch.Generator().manual_seed(epoch)
+        grouped = get_length_grouped_indices(lengths, self.config.batch_size, generator=generator)
+        return [order[index] for index in grouped]
 
 
 class StreamOrder:
