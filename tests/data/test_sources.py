@@ -189,9 +189,9 @@ def test_a_dataset_may_be_a_directory_or_a_file_and_a_missing_one_is_not_on_the_
 def test_a_hub_data_set_is_read_at_its_revision_or_a_data_error(monkeypatch):
     asked = []
 
-    def load_dataset(repository, config, *, revision, split, streaming):
-        asked.append((repository, config, revision, split, streaming))
-        return [{"text": "from the hub", "call": {"a": None}}]
+    def load_dataset(repository, config, *, revision, split):
+        asked.append((repository, config, revision, split))
+        return datasets.Dataset.from_list([{"text": "from the hub", "call": {"a": None}}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read_rows(HubSource("owner/quiz", "easy", "abc"), "train")
@@ -199,7 +199,7 @@ def test_a_hub_data_set_is_read_at_its_revision_or_a_data_error(monkeypatch):
     assert rows[0]["call"] == {}
     assert rows[0].origin == "owner/quiz, train, row 1"
     assert find_location("owner/quiz", "test", "easy") == HubSource("owner/quiz", "easy")
-    assert asked == [("owner/quiz", "easy", "abc", "train", False)]
+    assert asked == [("owner/quiz", "easy", "abc", "train")]
     fail = Mock(side_effect=ConnectionError("Couldn't reach the Hub\nlong trace"))
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"owner/quiz: .*Couldn't reach the Hub; without"):

@@ -53,7 +53,7 @@ def show(
             streams = job.data.streaming and split == "train"
             limit = rows if streams else None
             try:
-                read, encoded = encoder.read(split, limit, streaming=streams)
+                read, encoded = encoder.read(split, limit)
                 name = f"{job.name}: {encoder.name}"
                 for number, row in enumerate(encoded[:rows], start=1):
                     for line in row_lines(f"{name}, row {number}", row, tokenizer):

@@ -221,7 +221,7 @@ def _run_file(base_model: str, name: str, data: dict[str, Any], fields: dict[str
 
 
 def first_rows(location: Path | HubSource, split: str = "train") -> list[Row]:
-    stream = RowStream(location, split, streaming=False)
+    stream = RowStream(location, split)
     rows = list(islice(stream.rows(), _FIRST_ROWS))
     readable = [row for row in rows if not row.fault]
     if not readable:

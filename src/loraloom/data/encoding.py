@@ -84,14 +84,12 @@ class SourceEncoder:
         }
         return [f"{number} {note}" for note, number in notes.items() if number]
 
-    def read(
-        self, split: str, limit: int | None = None, *, streaming: bool = False
-    ) -> tuple[list[Row], list[EncodedRow]]:
+    def read(self, split: str, limit: int | None = None) -> tuple[list[Row], list[EncodedRow]]:
         config = self.config
         if config.task is not None:
             rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
             return rows, self._encode_task(rows)
-        rows = list(islice(self.open(split, streaming=streaming).rows(), limit))
+        rows = list(islice(self.open(split).rows(), limit))
         return rows, self.encode(rows, first=sources.fields_of_all(rows))
 
     def prompts(self, split: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -126,9 +124,9 @@ class SourceEncoder:
         context = row.get(columns["input"]) if "input" in columns else None
         return {"content": text, "fields": {**row, "input": context}}
 
-    def open(self, split: str, *, streaming: bool) -> RowStream:
+    def open(self, split: str) -> RowStream:
         split = self.config.split or split
-        return RowStream(self._find(split), split, streaming=streaming)
+        return RowStream(self._find(split), split)
 
     def _find(self, split: str) -> Path | HubSource:
         return sources.find_location(self.config.dataset or "", split, self.config.config)
@@ -314,7 +312,7 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
         return PromptForm(format="instruction", template=template)
     systems: set[str | None] = set()
-    stream = SourceEncoder(source, tokenizer, 0).open("train", streaming=data.streaming)
+    stream = SourceEncoder(source, tokenizer, 0).open("train")
     # of a stream only the beginning is known
     for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
         # a row with a fault is skipped, or encoding will report it

@@ -14,7 +14,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -328,74 +327,54 @@ def sha256(path: Path) -> str:
 
 
 def read_rows(location: Path | HubSource, split: str = "", limit: int | None = None) -> list[Row]:
-    rows = list(islice(RowStream(location, split, streaming=False).rows(), limit))
+    rows = list(islice(RowStream(location, split).rows(), limit))
     check_faults({row.origin: row.fault for row in rows if row.fault}, len(rows))
     return rows
 
 
-# A place in a stream, in plain values: of a file a number of rows, of the hub datasets' own.
-StreamState = dict[str, Any]
-
-
 class RowStream:
-    """Rows of a data set, which can be read on from a place that another process had reached."""
+    """Rows of a data set, which can be read from any of them on without those before."""
 
-    def __init__(self, location: Path | HubSource, split: str, *, streaming: bool = True):
+    def __init__(self, location: Path | HubSource, split: str):
         self._location = location
         self._split = split
-        self._is_streamed = streaming
-        self._num_rows = 0
         self.sizes: Mapping[str, int] = {}
         if isinstance(location, Path):
             rows_of_file(location)  # is it there?
             self.sizes = {location.name: location.expanduser().stat().st_size}
             return
-        import datasets
+        self._table = _load_from_hub(location, split)
 
-        with _reading_hub(location, split):
-            self._table: Any = datasets.load_dataset(
-                location.repository,
-                location.config,
-                revision=location.revision,
-                split=split,
-                streaming=streaming,
-            )
-
-    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
-        """Read from there on, or from the beginning; what was begun before ends."""
+    def rows(self, start: int = 0) -> Iterator[Row]:
         location = self._location
-        self._num_rows = 0 if state is None else state["row"]
         if isinstance(location, Path):
             name = location
-            rows = rows_of_file(location, start=self._num_rows)
+            rows = rows_of_file(location, start)
         else:
             name = location.repository
-            rows = self._rows_of_hub(location, state)
+            rows = self._rows_of_hub(location, start)
+        num_rows = start
         for row in rows:
-            self._num_rows += 1
+            num_rows += 1
             yield row
-        if self._num_rows == 0:
+        if num_rows == 0:
             raise DataError(f"{name} contains no rows; add rows, or name another data set")
 
-    def state_dict(self) -> StreamState:
-        state: StreamState = {"row": self._num_rows}
-        if not isinstance(self._location, Path):
-            state["dataset"] = self._table.state_dict()
-        return state
-
-    def _rows_of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
-        if self._is_streamed:
-            self._table.load_state_dict(state and state["dataset"])
-        with _reading_hub(source, self._split):
-            for number, record in enumerate(self._table, start=self._num_rows + 1):
-                fields = {name: without_nulls(value) for name, value in record.items()}
-                yield Row(fields, f"{source.repository}, {self._split}, row {number}")
+    def _rows_of_hub(self, source: HubSource, start: int) -> Iterator[Row]:
+        table = self._table.select(range(start, len(self._table)))
+        for number, record in enumerate(table, start=start + 1):
+            fields = {name: without_nulls(value) for name, value in record.items()}
+            yield Row(fields, f"{source.repository}, {self._split}, row {number}")
 
 
-@contextmanager
-def _reading_hub(source: HubSource, split: str) -> Iterator[None]:
+def _load_from_hub(source: HubSource, split: str) -> Any:
+    """A table on the disk, of which only the rows that are read are in memory."""
+    import datasets
+
     try:
-        yield
+        return datasets.load_dataset(
+            source.repository, source.config, revision=source.revision, split=split
+        )
     except Exception as error:
         # of the network, of damaged files, of datasets: some dozen types
         reason = str(error).strip().split("\n")[0] or type(error).__name__

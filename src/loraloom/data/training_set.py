@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SHUFFLE_BUFFER, DataConfig
 from loraloom.data.encoding import STREAM_ROWS, SourceEncoder
-from loraloom.data.sources import Row, StreamState, fields_of_all
+from loraloom.data.sources import Row, fields_of_all
 from loraloom.data.tokens import EncodedRow, Example, PreferencePair, TrainingExample
 from loraloom.errors import DataError
 
@@ -189,10 +189,10 @@ def _describe(
 
 @dataclass(frozen=True)
 class SourcePosition:
-    """Where a source is read on: how often it was read to its end, and the state of its stream."""
+    """Where a source is read on: how often it was read to its end, and from which row."""
 
     passes: int = 0
-    state: StreamState | None = None
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class _Source:
         self.expert_group = encoder.config.expert_group
         self._encoder = encoder
         self._rows_per_block = rows_per_block
-        self._stream = encoder.open("train", streaming=True)
+        self._stream = encoder.open("train")
         self.sizes = self._stream.sizes
         num_first = max(rows_per_block, STREAM_ROWS)
         self._fields = fields_of_all([*islice(self._stream.rows(), num_first)])
@@ -331,16 +331,19 @@ class _Source:
 
     def read(self, position: SourcePosition) -> tuple[list[Row], SourcePosition]:
         if position != self._position:
-            self._rows = self._stream.rows(position.state)
+            self._rows = self._stream.rows(position.row)
         # unknown where the stream ends or fails
         self._position = None
         passes = position.passes
         rows = list(islice(self._rows, self._rows_per_block))
+        next_row = position.row + len(rows)
         while len(rows) < self._rows_per_block:
             passes += 1
             self._rows = self._stream.rows()
-            rows += islice(self._rows, self._rows_per_block - len(rows))
-        self._position = SourcePosition(passes, self._stream.state_dict())
+            more = list(islice(self._rows, self._rows_per_block - len(rows)))
+            next_row = len(more)
+            rows += more
+        self._position = SourcePosition(passes, next_row)
         return rows, self._position
 
     def encode(self, rows: list[Row]) -> list[EncodedRow]:
