@@ -9,7 +9,7 @@ import torch
 from loraloom.adapters import LoraConfig
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
-from loraloom.eval.cache import FILE_NAME, ScoreCache, computation_key, describe_adapters
+from loraloom.eval.cache import FILE_NAME, ScoreCache, describe_adapters
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import question, record_forwards, scoring_host, some_questions
 from tests.tiny import METHODS
@@ -142,23 +142,24 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_
     assert len(calls) == num_batches > 3
 
 
-@pytest.mark.parametrize("change", ["adapter", "base", "dtype", "attention", "window"])
+@pytest.mark.parametrize("change", ["adapter", "merged", "dtype", "attention", "window"])
 def test_another_computation_is_not_taken_for_it(tiny_tokenizer, tmp_path, change):
     configs = {"lora": METHODS["lora"]}
+    adapters = [None] if change == "merged" else ["lora"]
     for num_found in (0, 5):
         host = scoring_host(configs=configs)
-        _, cache = score(host, tiny_tokenizer, tmp_path, ["lora"])
+        _, cache = score(host, tiny_tokenizer, tmp_path, adapters)
         assert cache.num_found == num_found
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}
     dtype = torch.float32 if change == "dtype" else torch.float64
     host = scoring_host(configs=configs, dtype=dtype, **(rope if change == "window" else {}))
     if change == "adapter":
         next(iter(host.adapters["lora"].parameters())).data.view(-1)[-1] += 1
-    if change == "base":
-        host.model.get_input_embeddings().weight.data.view(-1)[-1] += 1
+    if change == "merged":
+        host.merge("lora")
     if change == "attention":
         host.model.set_attn_implementation("eager")
-    _, cache = score(host, tiny_tokenizer, tmp_path, ["lora"])
+    _, cache = score(host, tiny_tokenizer, tmp_path, adapters)
     assert cache.num_found == 0
 
 
@@ -168,18 +169,6 @@ def test_scores_of_another_packages_method_are_not_reused(tiny_tokenizer, tmp_pa
         host = scoring_host(configs={"lora": theirs(rank=2)})
         _, cache = score(host, tiny_tokenizer, tmp_path, ["lora"])
         assert cache.num_found == 0
-
-
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
-def test_the_order_of_weights_counts(name):
-    host = scoring_host(configs={})
-    weight = host.model.get_parameter(name)
-    weight.data.copy_(torch.rand(weight.shape))
-    before = computation_key(host)
-    weight.data.copy_(weight.data.roll(1, 0))
-    assert computation_key(host) != before
-    weight.data.copy_(weight.data.roll(-1, 0))
-    assert computation_key(host) == before
 
 
 def test_an_adapter_is_known_by_all_files_that_it_is_read_from(tmp_path):

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from loraloom.adapters.contract import Adapter
-from loraloom.base.quantization import stored_weights
 from loraloom.data.sources import sha256
 from loraloom.devices import device_name
 from loraloom.errors import ConfigError, plain
@@ -33,8 +32,6 @@ SCORING_VERSION = 2
 FILE_NAME = "log_likelihoods.sqlite3"
 
 _LOCK_TIMEOUT_S = 60
-# By the bytes of a number.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS kept (
     id TEXT PRIMARY KEY, log_likelihoods TEXT
@@ -146,12 +143,13 @@ def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
 
 def computation_key(host: Host) -> dict[str, Any]:
     """Name all that a score depends on but adapter and tokens; batching only moves rounding."""
-    # neither where the base was loaded from nor what saved it
-    left_out = ("_name_or_path", "transformers_version")
-    config = {k: value for k, value in host.config.to_dict().items() if k not in left_out}
+    # with its path, as copies in another dtype have the same fingerprint
+    config = host.config.to_dict()
+    config.pop("transformers_version", None)  # of what saved it
     return {
         **_how_computed(host),
-        "base_weights": _weights_digest(host),
+        "quantization": host.base.quantization,
+        "merged": host.merged and adapter_digest(host.adapter(host.merged)),
         "base_config": json_digest(config),
         "device": host.device.type,
         **{package: version(package) for package in ("torch", "transformers")},
@@ -169,20 +167,6 @@ def adapter_digest(adapter: Adapter) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _weights_digest(host: Host) -> str:
-    """Hash sums of every base tensor's bits: each weight and its place count."""
-    digest = hashlib.sha256()
-    for name, weight in stored_weights(host.model):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
-        num_columns = bits.shape[-1] if bits.dim() else 1
-        matrix = bits.reshape(-1, num_columns)
-        for dim in (0, 1):  # by row and by column: two passes over the memory, little to hash
-            sums = matrix.sum(dim, dtype=torch.int64)
-            digest.update(sums.cpu().numpy().data)
-    return digest.hexdigest()[:32]
 
 
 def json_digest(value: Any) -> str:
