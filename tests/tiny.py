@@ -6,7 +6,7 @@ Models are in float64 unless asked otherwise. (transformers' norms, rotary embed
 softmax round to float32 inside, for everybody alike.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -297,3 +297,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Compute ‖actual - expected‖ / ‖expected‖."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-300))
+
+
+def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
+    for name, tensor in model.state_dict().items():
+        # torchao's tensors have their numbers and scales inside
+        if hasattr(tensor, "__tensor_flatten__"):
+            inner_names, _ = tensor.__tensor_flatten__()
+            for inner_name in inner_names:
+                yield f"{name}.{inner_name}", getattr(tensor, inner_name)
+        else:
+            yield name, tensor.as_subclass(Tensor)

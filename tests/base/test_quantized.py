@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.base.blocks import BaseProjection
-from loraloom.base.quantization import QuantizedLinear, quantized_weights, stored_weights
+from loraloom.base.quantization import QuantizedLinear, quantized_weights
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.host.host import Host
 from tests.generation.saved import save_tiny
-from tests.tiny import METHODS, gradients, randomise, relative_error, tiny_ids, tiny_model
+from tests.tiny import (
+    METHODS,
+    gradients,
+    randomise,
+    relative_error,
+    stored_weights,
+    tiny_ids,
+    tiny_model,
+)
 
 with warnings.catch_warnings():  # of what torch and triton call deprecated
     warnings.simplefilter("ignore")

@@ -10,13 +10,12 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.base.quantization import stored_weights
 from loraloom.errors import AdapterError, ModelError
 from loraloom.host.host import Host
 from loraloom.host.trial import try_adapters
 from tests.base.test_quantized import kept_bytes
 from tests.conftest import build_tokenizer
-from tests.tiny import randomise, relative_error, tiny_host, tiny_ids, tiny_model
+from tests.tiny import randomise, relative_error, stored_weights, tiny_host, tiny_ids, tiny_model
 
 IDS = tiny_ids(5)
 CONFIGS = {

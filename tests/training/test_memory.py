@@ -5,7 +5,7 @@ import torch
 
 import loraloom
 from loraloom.base.loading import build_base_model, load_base_model
-from loraloom.base.quantization import predict_weight_bytes, stored_weights
+from loraloom.base.quantization import predict_weight_bytes
 from loraloom.errors import ConfigError, ModelError
 from loraloom.ops import slot_pieces
 from loraloom.training.learner import Learner
@@ -13,7 +13,7 @@ from loraloom.training.memory import kept_memory, longest_batch, peak_of_round, 
 from loraloom.training.settings import RunConfig, TrainConfig
 from loraloom.training.step.optimizers import state_bytes
 from tests.conftest import build_tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import stored_weights, tiny_model
 
 LORA = {"method": "lora", "rank": 8}
 MIXTURE = {"method": "mixlora", "rank": 8, "num_experts": 4}

@@ -241,18 +241,6 @@ def _in_4_bits(weight: Tensor) -> int:
     return weight.numel() // 2 + weight.numel() // 64  # a scale of 8 bits for each 64 numbers
 
 
-def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
-    for name, tensor in model.state_dict().items():
-        # torchao's tensors have their numbers and scales inside.
-        if hasattr(tensor, "__tensor_flatten__"):
-            inner_names, _ = tensor.__tensor_flatten__()
-            for inner_name in inner_names:
-                yield f"{name}.{inner_name}", getattr(tensor, inner_name)
-        else:
-            yield name, tensor.as_subclass(Tensor)
-
-
 class QuantizedLinear:
     """A quantized layer's forward; for the backward pass it keeps nothing but the layer."""
 
