@@ -79,7 +79,7 @@ def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp
 
 def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
     path = tmp_path / "long.jsonl"
-    row = {"instruction": "Say", "context": "", "response": "what color is the sky " * 20}
+    row = {"instruction": "Say", "input": "", "output": "what color is the sky " * 20}
     write_rows(path, [row] * 3)
     with pytest.raises(
         DataError, match="no row has an answer that fits max_length=16; raise max_length"
@@ -87,17 +87,9 @@ def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
         stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=512)
     assert len(made.take(made.start, 12)[0]) == 12
-    write_rows(path, [row, row | {"response": "blue"}] * 4)
+    write_rows(path, [row, row | {"output": "blue"}] * 4)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     assert "of the first, 4 dropped because their answers do not fit" in made.report[0]
-
-
-def test_columns_are_those_of_the_first_rows(tiny_tokenizer, tmp_path):
-    row = {"prompt": "one", "response": "two"}
-    write_rows(tmp_path / "rows.jsonl", [row, row | {"context": "yes"}])
-    data = {"format": "instruction", "fields": {"instruction": "prompt", "output": "response"}}
-    made = stream(tiny_tokenizer, dataset=tmp_path / "rows.jsonl", **data)
-    assert "yes" in "".join(texts(tiny_tokenizer, made.take(made.start, 2)[0]))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 import pytest
 from jinja2 import TemplateError
 
-from loraloom.config.data import DataConfig
+from loraloom.config.data import DataConfig, SourceConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import Row
 from loraloom.data.templates import (
     Conversation,
-    instruction_columns,
     load_chat_template,
     load_template,
     read_instruction,
@@ -15,7 +14,7 @@ from loraloom.errors import DataError
 from tests.data.encoded import write_rows
 
 ALPACA = Row({"instruction": "Add.", "input": "1 2", "output": "3"}, "f.jsonl, line 1")
-DOLLY = Row({"instruction": "Add.", "context": "", "response": "3", "category": "qa"}, "f, line 2")
+QUESTION = Row({"instruction": "Add.", "input": "", "output": "3", "category": "qa"}, "f, line 2")
 OTHER = Row({"task": "Add.", "given": None, "result": "3"}, "f, line 1")
 HOSTILE = {
     "{{ 1/0 }}": "division by zero",
@@ -29,7 +28,8 @@ HOSTILE = {
 
 
 def read(row, template=None, mapping=None):
-    return read_instruction(row, instruction_columns(row, mapping), load_template(template))
+    source = SourceConfig(dataset="rows.jsonl", format="instruction", fields=mapping)
+    return read_instruction(row, source.columns, load_template(template))
 
 
 def test_alpacas_prompt_is_that_of_its_code():
@@ -39,7 +39,7 @@ def test_alpacas_prompt_is_that_of_its_code():
         "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",
         "3",
     )
-    assert read(DOLLY, "alpaca") == (
+    assert read(QUESTION, "alpaca") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n",
         "3",
@@ -50,24 +50,18 @@ def test_alpacas_prompt_is_that_of_its_code():
     ("row", "template", "mapping", "prompt"),
     [
         (ALPACA, "plain", None, "Add.\n1 2\n"),
-        (DOLLY, "plain", None, "Add.\n"),
-        (DOLLY, "[{{ category }}] {{ instruction }} ->", None, "[qa] Add. ->"),
+        (QUESTION, "plain", None, "Add.\n"),
+        (QUESTION, "[{{ category }}] {{ instruction }} ->", None, "[qa] Add. ->"),
         (OTHER, "plain", {"instruction": "task", "input": "given", "output": "result"}, "Add.\n"),
         (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),
         (Row({"input": "Add.", "output": "3"}, "f"), "plain", {"instruction": "input"}, "Add.\n"),
-        (
-            Row({"instruction": "Add.", "context": "1 2", "response": "3"}, "f"),
-            "plain",
-            {"output": "response"},
-            "Add.\n1 2\n",
-        ),
         (
             Row({"q": "Add.", "input": "3"}, "f"),
             "plain",
             {"instruction": "q", "output": "input"},
             "Add.\n",
         ),
-        (DOLLY, r"{{ 'a [b] c' | regex_replace('\\[.*?\\]', '-') }}", None, "a - c"),
+        (QUESTION, r"{{ 'a [b] c' | regex_replace('\\[.*?\\]', '-') }}", None, "a - c"),
     ],
 )
 def test_a_template_sees_every_field_whatever_their_names(row, template, mapping, prompt):

@@ -265,6 +265,15 @@ class SourceConfig(_SourceFields):
         if self.task is None and self.dataset is None:
             yield "a source must be a task or a dataset, got neither"
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The column of each role; none for `input` where another role has the column of this name."""
+        fields = self.fields or {}
+        columns = {role: fields.get(role, role) for role in FIELD_ROLES[self.format or "text"]}
+        if "input" not in fields and "input" in fields.values():
+            columns.pop("input", None)
+        return columns
+
 
 class DataConfig(_SourceFields):
     """Training data, one source or a mix of several, and validation data."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
+from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, tokens
 from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
 from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
@@ -170,13 +170,10 @@ class SourceEncoder:
 
     def _columns(self, first: Row, *, for_prompts: bool = False) -> dict[str, str]:
         data_format = self.config.format or "text"
-        fields = self.config.fields or {}
-        columns = {role: fields.get(role, role) for role in FIELD_ROLES[data_format]}
-        if data_format == "instruction":
-            columns = templates.instruction_columns(first, fields)
+        columns = self.config.columns
         required = {"instruction", "text"}
         if not for_prompts:
-            required |= {"output", "chosen", *fields}
+            required |= {"output", "chosen", *(self.config.fields or ())}
         for role, column in columns.items():
             if role in required and column not in first and not first.fault:
                 first.reject(

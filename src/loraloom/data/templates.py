@@ -38,11 +38,6 @@ Message = dict[str, Any]
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _RENDERING = threading.Lock()  # in transformers 5.18, two threads' renders disturb each other
 _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
-# Alpaca's and Dolly's names for the parts of an instruction row.
-_INSTRUCTION_COLUMNS = (
-    {"instruction": "instruction", "input": "input", "output": "output"},
-    {"instruction": "instruction", "input": "context", "output": "response"},
-)
 
 
 class Conversation(NamedTuple):
@@ -128,19 +123,6 @@ def read_instruction(row: Row, columns: dict[str, str], template: Template) -> t
 def read_input(row: Row, columns: dict[str, str]) -> str:
     name = columns.get("input")
     return "" if name is None or row.get(name) is None else row.text(name)
-
-
-def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:
-    """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
-    fields = mapping or {}
-    merged = [{**columns, **fields} for columns in _INSTRUCTION_COLUMNS]
-    roles = ("input",) if fields.get("output") == "response" else ("output", "input")
-    fitting = (names for role in roles for names in merged if names[role] in row)
-    columns = next(fitting, merged[0])
-    # another role's column is not the input too, unless the mapping says so
-    if "input" not in fields and columns["input"] in (columns["instruction"], columns["output"]):
-        del columns["input"]
-    return columns
 
 
 class ChatTemplate:

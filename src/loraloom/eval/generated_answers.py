@@ -24,7 +24,7 @@ from loraloom.config.text import read_settings
 from loraloom.data import sources
 from loraloom.data.chat import read_conversation
 from loraloom.data.encoding import given_form
-from loraloom.data.templates import instruction_columns, read_input
+from loraloom.data.templates import read_input
 from loraloom.errors import DataError
 from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
@@ -108,11 +108,10 @@ def load_answer_set(
     split = None if is_file else split or source.split or "validation"
     location = sources.find_location(source.dataset or "", split or "", source.config)
     data_rows = sources.read_rows(location, split or "", limit)
-    columns = instruction_columns(sources.fields_of_all(data_rows), source.fields)
     rows: list[AnswerRow] = []
     for index, row in enumerate(data_rows):
         try:
-            rows.append((index, *_read_row(row, source, columns)))
+            rows.append((index, *_read_row(row, source)))
         except sources.EmptyAnswerError:
             if source.on_empty != "skip":
                 raise
@@ -134,9 +133,7 @@ def _load_judged(name: str, config: AnswerTaskConfig, limit: int | None) -> Answ
     return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
 
 
-def _read_row(
-    row: sources.Row, source: SourceConfig, columns: dict[str, str]
-) -> tuple[Prompt, str]:
+def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
     if source.format == "chat":
         messages, tools = read_conversation(row, source.fields)
         last = len(messages) - 1
@@ -148,6 +145,7 @@ def _read_row(
         if not answer.strip():
             row.reject_empty("the last answer is a call of a tool, which has no text to compare")
         return Prompt(tuple(messages[:last]), None, row.origin, tools), answer
+    columns = source.columns
     fields = {**row, "input": read_input(row, columns)}
     prompt = Prompt(row.text(columns["instruction"]), None, row.origin, None, fields)
     return prompt, row.answer(columns["output"])
