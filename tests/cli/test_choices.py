@@ -163,7 +163,7 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
         ("--dataset a.jsonl", "--data requires --task"),
         ("--task ,", "--task must name at least one task"),
         ("--task arc_easy --no-base", "--no-base requires --adapter"),
-        ("--task piqa", "has no data set 'piqa'"),
+        ("--task piqa", "has no split 'validation'"),
         ("--task arc_easy --split train", "has no split 'train'"),
         ("--task arc_easy --data nowhere", "nowhere"),
         ("--task arc_easy --adapter a=nowhere", "or a Hub ID, got 'nowhere'"),

@@ -267,7 +267,7 @@ class SourceConfig(_SourceFields):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column of each role; none for `input` where another role has the column of this name."""
+        """The column of each role; `input` has none where it would be another role's."""
         fields = self.fields or {}
         columns = {role: fields.get(role, role) for role in FIELD_ROLES[self.format or "text"]}
         if "input" not in fields and "input" in fields.values():

@@ -296,15 +296,9 @@ def find_named(path: Path, name: str, split: str) -> Path:
     """The file of one split of the data set `name`; a single file may turn out to be missing."""
     path = local_path(path, "the path of data", DataError)
     if (path / name).is_dir():
-        return find_split(split_files(path / name), split, path / name)
+        path /= name
     if path.is_dir():
-        files = split_files(path)
-        if files:
-            return find_split(files, split, path)
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        listed = names_in(names, _MAX_NAMES) or "none"
-        hint = f"{suggestion(name, names)}the data sets are: {listed}"
-        raise DataError(f"{path} has no data set {name!r}; {hint}")
+        return find_split(split_files(path), split, path)
     split_of_file = path.name.partition(".")[0]
     if split_of_file in ("train", "validation", "test") and split_of_file != split:
         hint = f"as the file's name says, got {split!r}; rename the file, or name another split"
