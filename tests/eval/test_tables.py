@@ -1,11 +1,8 @@
 import csv
-import math
 import random
 from dataclasses import replace
 from itertools import product
-from statistics import NormalDist
 
-import numpy as np
 import pytest
 from rich.table import Table
 
@@ -88,7 +85,7 @@ def caption_of(*comparisons) -> str:
 
 
 def test_a_sentence_says_what_a_comparison_means(undecided):
-    none = "toy: no difference in {} was found between {} on 40 examples."
+    none = "toy: no difference in {} was found between {}."
     for other, text in [
         (undecided, none.format("loss", "mix and base")),
         (replace(undecided, difference=-undecided.difference), none.format("loss", "base and mix")),
@@ -97,19 +94,6 @@ def test_a_sentence_says_what_a_comparison_means(undecided):
         (replace(undecided, difference=0.0), "toy: mix and base have the same loss."),
     ]:
         assert text in caption_of(other)
-    few = replace(undecided, num_first_better=5, num_second_better=4)
-    assert "takes about" not in caption_of(few)
-
-
-@pytest.mark.parametrize("num_compared", [1, 8])
-def test_so_many_examples_find_the_lead_in_four_of_five_tests(undecided, num_compared):
-    caption = caption_of(*[undecided] * num_compared)
-    stated = int(caption.split("of tests takes about ")[1].split(".")[0].replace(",", ""))
-    generator = np.random.default_rng(0)
-    spread = undecided.stderr * math.sqrt(undecided.num_examples)
-    means = generator.normal(undecided.difference, spread / math.sqrt(stated), size=20_000)
-    needed = NormalDist().inv_cdf(1 - 0.025 / num_compared) * spread / math.sqrt(stated)
-    assert (abs(means) > needed).mean() == pytest.approx(0.8, abs=0.02)
 
 
 def test_many_comparisons_have_no_sentences(undecided):

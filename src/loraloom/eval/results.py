@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,10 +42,6 @@ _COLUMNS = (
 
 # Comparisons that are told in a sentence each; of more, the table's stars name the winners.
 MAX_MEANINGS = 8
-# Rows that must differ for an estimate of how many it takes, and the share of such tests that
-# would find the difference.
-MIN_DIFFERING = 10
-POWER = 0.8
 
 # What results call the base model.
 BASE = "base"
@@ -313,7 +308,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
         )
     lines = ["* significant: p (Holm), of all comparisons, < 0.05"]
     if len(comparisons) <= MAX_MEANINGS:
-        lines += [_meaning(comparison, len(comparisons)) for comparison in comparisons]
+        lines += map(_meaning, comparisons)
     table.caption = "\n".join(lines)
     return table
 
@@ -336,26 +331,13 @@ def _better_first(comparison: Comparison) -> tuple[str, str]:
     return comparison.first, comparison.second
 
 
-def _meaning(comparison: Comparison, num_compared: int) -> str:
-    """Say who is better, or that no difference was found, and how many examples it would take."""
+def _meaning(comparison: Comparison) -> str:
+    """Say who is better, or that no difference was found."""
     task = comparison.task
     metric = comparison.metric
-    count = comparison.num_examples
     better, worse = _better_first(comparison)
     if comparison.difference == 0:
         return f"{task}: {better} and {worse} have the same {metric}."
     if _is_significant(comparison):
         return f"{task}: {better} beats {worse} in {metric}, significantly."
-    plural = "s" if count > 1 else ""
-    text = f"{task}: no difference in {metric} was found between {better} and {worse}"
-    text += f" on {count:,} example{plural}."
-    num_differing = comparison.num_first_better + comparison.num_second_better
-    if num_differing < MIN_DIFFERING or comparison.stderr is None:
-        return text
-    # as many standard errors, which fall with the root of the number of examples
-    normal = NormalDist()
-    num_errors = normal.inv_cdf(1 - 0.025 / num_compared) + normal.inv_cdf(POWER)
-    needed = count * (num_errors * comparison.stderr / comparison.difference) ** 2
-    rounded = float(f"{needed:.2g}")
-    text += f" To find this lead of {better} in {POWER:.0%} of tests takes about {rounded:,.0f}."
-    return text
+    return f"{task}: no difference in {metric} was found between {better} and {worse}."
