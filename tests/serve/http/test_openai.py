@@ -109,10 +109,12 @@ def test_a_seed_gives_the_draws_of_generate(client, host, tokenizer):
     assert len({chat(client, temperature=1.0).choices[0].message.content for _ in range(3)}) == 3
 
 
-def test_several_answers_are_streamed_side_by_side(client):
-    whole = chat(client, n=3, temperature=1.0, seed=1)
+@pytest.mark.parametrize("tools", [None, [TOOL]], ids=["", "tools"])
+def test_several_answers_are_streamed_side_by_side(client, tools):
+    settings: Any = {"n": 3, "temperature": 1.0, "seed": 1, "tools": tools}
+    whole = chat(client, **settings)
     texts = ["", "", ""]
-    for chunk in chat(client, n=3, temperature=1.0, seed=1, stream=True):
+    for chunk in chat(client, **settings, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == [choice.message.content for choice in whole.choices]
 

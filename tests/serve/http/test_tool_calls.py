@@ -1,4 +1,4 @@
-"""Calls in what models write, whole and in pieces of any size."""
+"""Calls in what models write."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from loraloom.serve.http.completions import chat_prompt
 from loraloom.serve.http.schemas import ChatBody
-from loraloom.serve.http.tools import CallStream, parse_calls
+from loraloom.serve.http.tools import parse_calls
 
 NAMES = {
     "paint": {
@@ -82,23 +82,6 @@ def test_what_is_no_call_stays_text(text):
 def test_spaces_in_an_open_call_cost_no_more_than_letters():
     text = "<tool_call>x" + 200_000 * " " + "x"  # minutes, if spaces are tried in every way
     assert parse_calls(text, NAMES) == (text, [])
-
-
-@pytest.mark.parametrize("size", [1, 3, 50])
-@pytest.mark.parametrize("text", [*WRITTEN, *TEXTS], ids=lambda text: text[:20])
-def test_streams_say_what_whole_answers_do(text, size):
-    stream = CallStream(NAMES)
-    settled = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))
-    rest, calls = stream.finish()
-    whole, expected = parse_calls(text, NAMES)
-    assert (settled + rest).strip() == whole.strip()
-    assert calls == expected
-
-
-def test_text_is_told_as_it_comes():
-    stream = CallStream(NAMES)
-    pieces = ("<think>Hel", "lo <", "b> <tool", "_call>{")
-    assert [stream.push(piece) for piece in pieces] == ["<think>Hel", "lo ", "<b> ", ""]
 
 
 def test_parameters_in_tags_have_the_types_of_the_schema():

@@ -16,7 +16,7 @@ from loraloom.host.layout import RowAdapter
 from loraloom.serve.http.exchange import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
-from loraloom.serve.http.tools import CallStream
+from loraloom.serve.http.tools import parse_calls
 
 
 class ChatExchange(Exchange):
@@ -28,8 +28,8 @@ class ChatExchange(Exchange):
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
         functions = [tool["function"] for tool in body.callable_tools]
-        tools = {function["name"]: function.get("parameters") for function in functions}
-        self._streams = [CallStream(tools) for _ in range(body.n)] if tools else []
+        self._tools = {function["name"]: function.get("parameters") for function in functions}
+        self._held = [""] * body.n  # texts that may become calls
 
     @override
     def grammar(self) -> str | None:
@@ -64,11 +64,11 @@ class ChatExchange(Exchange):
         text = piece.text
         reason = piece.finish_reason
         calls: list[Function] = []
-        if self._streams:
-            text = self._streams[index].push(text)
+        if self._tools:
+            self._held[index] += text
+            text = ""
             if reason is not None:
-                rest, calls = self._streams[index].finish()
-                text += rest
+                text, calls = parse_calls(self._held[index], self._tools)
         delta: dict[str, Any] = {} if index in self._told else {"role": "assistant"}
         if text or not calls:
             delta["content"] = text

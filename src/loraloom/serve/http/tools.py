@@ -23,9 +23,6 @@ Tools = Mapping[str, Any]
 _OPENING = "<tool_call>"
 _LISTING = "[TOOL_CALLS]"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-# Where a call may begin: anywhere in an answer, and at its start.
-_BEGINNING = re.compile(r"<tool_call>|<\w*\Z|\[TOOL_CALLS\]|\[[A-Z_]*\Z")
-_START = re.compile(rf"\s*(?:[\[{{]|<\||{_BEGINNING.pattern}|\Z)")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 _FUNCTION = re.compile(r"<function=([^>\n]+)>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -95,34 +92,3 @@ def _call(value: Any, tools: Tools) -> Function | None:
         arguments = json.loads(arguments)
     is_call = isinstance(arguments, dict)
     return Function(name=value["name"], arguments=json.dumps(arguments)) if is_call else None
-
-
-class CallStream:
-    """Holds text back from where a call may begin; at the end, it is one or it isn't."""
-
-    def __init__(self, tools: Tools):
-        self._tools = tools
-        self._is_begun = False
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Take more of the answer, and return what is text for certain."""
-        self._held += text
-        if not self._is_begun and self._may_be_named():
-            return ""
-        call = None if self._is_begun else _START.match(self._held)
-        if call is None:
-            call = _BEGINNING.search(self._held)
-        num_settled = len(self._held) if call is None else call.start()
-        settled = self._held[:num_settled]
-        self._held = self._held[num_settled:]
-        self._is_begun = self._is_begun or bool(settled)
-        return settled
-
-    def _may_be_named(self) -> bool:
-        begun = self._held.lstrip()
-        starts = [f"{name}{{" for name in self._tools]
-        return any(begun.startswith(start) or start.startswith(begun) for start in starts)
-
-    def finish(self) -> tuple[str, list[Function]]:
-        return parse_calls(self._held, self._tools)
