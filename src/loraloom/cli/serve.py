@@ -160,7 +160,7 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
             tool_form=tool_form,
         )
         app = create_app(engine, tokenizer, adapters, allowed)
-        server = Server(app, engine, adapters.end_downloads)
+        server = Server(app, engine)
         handler = logging.StreamHandler()
         handler.setFormatter(LineFormatter())
         logging.getLogger().addHandler(handler)  # of others' errors too

@@ -34,7 +34,7 @@ from loraloom.serve.adapter_files import (
     is_name,
     names_below,
 )
-from loraloom.serve.process import run_apart, start_apart
+from loraloom.serve.process import run_apart
 
 _log = logging.getLogger(__name__)
 # What sums are counted as, whatever their members are.
@@ -105,7 +105,6 @@ class ServedAdapters:
         self._sources: dict[str, str] = {}  # directories that were named, not found
         self._leaving: list[LoadedAdapter] = []
         self._broken: dict[str, Files] = {}  # that can't be loaded as they are
-        self._downloads: set[asyncio.Future[Path]] = set()
 
     @property
     def num_waiting(self) -> int:
@@ -217,10 +216,6 @@ class ServedAdapters:
             if files:
                 self._sources[name] = source
         self._advance()
-
-    def end_downloads(self) -> None:
-        for download in self._downloads:
-            download.cancel()
 
     async def unload(self, name: str, sender: str = "") -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
@@ -370,22 +365,14 @@ class ServedAdapters:
 
     async def _find(self, source: str) -> Path:
         # perhaps from the Hub
-        finding = asyncio.wrap_future(start_apart(find_adapter, source))
-        self._downloads.add(finding)
         try:
-            await asyncio.wait([finding], timeout=DOWNLOAD_S)
-            if finding.cancelled():
-                raise RequestError("the server is stopping; load the adapter later", "stopping")
-            if not finding.done():
-                raise RequestError(
-                    f"the adapter {shown(source)} was not downloaded in {DOWNLOAD_S:g} seconds; "
-                    "retry to continue the download",
-                    "timeout",
-                )
-            return finding.result()
-        finally:
-            finding.cancel()
-            self._downloads.remove(finding)
+            return await asyncio.wait_for(run_apart(find_adapter, source), DOWNLOAD_S)
+        except TimeoutError:
+            raise RequestError(
+                f"the adapter {shown(source)} was not downloaded in {DOWNLOAD_S:g} seconds; "
+                "retry to continue the download",
+                "timeout",
+            ) from None
 
     async def _read(
         self, name: str, source: str, directory: Path, files: Files, *, is_lazy: bool = False

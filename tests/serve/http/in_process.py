@@ -36,7 +36,7 @@ def serving(
     )
     app = create_app(engine, tokenizer, shelf, options)
     with listen("127.0.0.1", 0) as sock:
-        server = Server(app, engine, shelf.end_downloads)
+        server = Server(app, engine)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:

@@ -189,24 +189,6 @@ def test_no_text_of_a_client_makes_a_line_of_the_log(host, tokenizer, caplog):
     assert all(line.isprintable() for line in lines)
 
 
-def test_a_load_from_the_hub_does_not_keep_a_server_from_stopping(host, tokenizer, monkeypatch):
-    asked, is_over = threading.Event(), threading.Event()
-
-    def find(source):
-        asked.set()
-        return is_over.wait(60)
-
-    monkeypatch.setattr("loraloom.serve.adapter_cache.find_adapter", find)
-    answers = []
-    with serving(host, tokenizer, options=ApiOptions(allow_loading=True)) as (url, _):
-        thread = threading.Thread(target=lambda: answers.append(load(url, "none", "far/away")))
-        thread.start()
-        assert asked.wait(30)
-    thread.join()
-    is_over.set()
-    assert error_of(answers[0], 503)["code"] == "stopping"
-
-
 def load(url, key, path, name="new"):
     body = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
     headers = {"Authorization": f"Bearer {key}"}

@@ -44,7 +44,6 @@ _STATUS = {
     "client_gone": 499,
     "broken_adapter": 500,
     "timeout": 504,
-    "stopping": 503,
 }
 
 

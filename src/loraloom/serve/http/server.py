@@ -10,7 +10,6 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -134,8 +133,7 @@ def _request_id(scope: Scope) -> str:
 class Server(uvicorn.Server):
     """Ends when the requests that it has accepted have ended; a second signal ends it at once."""
 
-    def __init__(self, app: FastAPI, engine: Engine, on_stop: Callable[[], object] = lambda: None):
-        self._on_stop = on_stop
+    def __init__(self, app: FastAPI, engine: Engine):
         connection = partial(_Connection, max_connections(), engine.counts)
         super().__init__(
             uvicorn.Config(
@@ -157,10 +155,6 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.end_if_slow()  # pyright: ignore[reportAttributeAccessIssue]
         return await super().on_tick(counter)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._on_stop()
-        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own would raise the signal again at the end, which is no success
