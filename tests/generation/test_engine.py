@@ -170,20 +170,18 @@ def test_an_adapter_that_diverged_fails_alone(tiny_tokenizer):
     assert "must be finite, got NaN from adapter 'public mixlora'" in str(failed["mixlora"])
 
 
-@pytest.mark.parametrize("where", ["prefill", "decode"])
-def test_an_adapter_that_raises_fails_alone(make_engine, host, tiny_tokenizer, monkeypatch, where):
+def test_an_adapter_that_can_not_read_fails_alone(make_engine, host, tiny_tokenizer, monkeypatch):
     engine = make_engine()
     asked = requests_of_all(tiny_tokenizer)[5:10]
     expected = alone(engine, tiny_tokenizer, asked)
-    real = getattr(host, where)
+    real = host.prefill
 
-    def broken(first, *rest):
-        adapters = first.adapters if isinstance(first, Decoding) else rest[1]
+    def broken(input_ids, attention_mask, adapters, *rest):
         if "mola" in adapters:
             raise RuntimeError("a fault of this adapter")
-        return real(first, *rest)
+        return real(input_ids, attention_mask, adapters, *rest)
 
-    monkeypatch.setattr(host, where, broken)
+    monkeypatch.setattr(host, "prefill", broken)
     under_way = submit(engine, *asked)
     finish(engine)
     for one, text in zip(under_way, expected, strict=True):
@@ -191,6 +189,17 @@ def test_an_adapter_that_raises_fails_alone(make_engine, host, tiny_tokenizer, m
             assert str(one.error) == "a fault of this adapter"
         else:
             assert (one.error, one.text) == (None, text)
+
+
+def test_rows_that_could_not_be_decoded_end(make_engine, host, tiny_tokenizer, monkeypatch):
+    engine = make_engine()
+    asked = requests_of_all(tiny_tokenizer)[:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "decode", lambda *_: 1 / 0)
+        under_way = submit(engine, *asked)
+        finish(engine)
+    assert [str(one.error) for one in under_way] == ["division by zero"] * 2
+    assert answers(engine, asked) == alone(engine, tiny_tokenizer, asked)
 
 
 @pytest.mark.parametrize("steps", [4, 10_000])

@@ -37,16 +37,3 @@ def test_adapters_take_turns_however_many_requests_one_has():
     scheduler = Scheduler(max_rows=4, max_tokens=1000)
     queue(scheduler, *(row("many") for _ in range(6)), row("few"), row("few"))
     assert admitted(scheduler)[:4] == ["many", "few", "many", "few"]
-
-
-def test_suspects_are_served_apart():
-    scheduler = Scheduler(max_rows=4, max_tokens=1000)
-    bad, good, late = row("bad"), row("good"), row("bad")
-    bad.is_suspect = True
-    queue(scheduler, late)
-    assert scheduler.admit([good, bad]) is None
-    assert scheduler.admit([bad]) is late
-    queue(scheduler, good)
-    assert scheduler.admit([bad]) is None
-    bad.is_suspect = False
-    assert scheduler.admit([bad]) is good

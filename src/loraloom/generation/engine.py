@@ -267,8 +267,6 @@ class Engine:
         error = _attempt("rows could not be decoded", partial(self._runner.decode, record))
         if error is not None:
             return self._recover(error)
-        for row in rows:
-            row.is_suspect = False  # they went well together
         with self._wake:
             for row in rows:
                 self._scheduler.charge(row.share, 1)
@@ -401,15 +399,11 @@ class Engine:
         self._runner.leave(rows)
 
     def _recover(self, error: Exception) -> list[Failed]:
-        """After rows failed together, read them again, adapter by adapter."""
-        # Rows of one adapter that failed alone failed for good. Without memory, half are read.
+        """After rows failed together, read half of them again if memory ran out."""
         rows = self._runner.take_apart(self._served)
-        if isinstance(error, torch.OutOfMemoryError) and len(self._served) > 1:
-            self._make_do_with(max(len(rows) // 2, 1))
-        elif len({row.request.adapter_name for row in rows}) == 1:
+        if not isinstance(error, torch.OutOfMemoryError) or len(self._served) == 1:
             return [(row, error) for row in rows]
-        for row in rows:
-            row.is_suspect = not isinstance(error, torch.OutOfMemoryError)
+        self._make_do_with(max(len(rows) // 2, 1))
         self._put_back(rows)
         return []
 

@@ -143,7 +143,6 @@ class Row:
         self.seconds = 0.0  # from its arrival to its end
         self.arrival = 0  # its place among all requests of the engine
         self.is_cancelled = False
-        self.is_suspect = False  # it failed with others, and is served apart from other adapters
         self.salt: Hashable = None  # what told the weights from others when its prompt was read
         self.session: Decoding | None = None  # while its prompt is read
         self.num_read = 0

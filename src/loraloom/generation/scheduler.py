@@ -88,9 +88,6 @@ class Scheduler:
             return None
         if served:
             rows = [*served, row]
-            adapters = {member.request.adapter_name for member in rows}
-            if len(adapters) > 1 and any(member.is_suspect for member in rows):
-                return None
             if self.cached_tokens(rows, added=_ROOM) > self.max_tokens:
                 return None
         self.remove(row)
