@@ -48,8 +48,6 @@ READ_PER_TOKEN = 8
 READ_PER_TOKEN_ON_GPU = 128
 # Tokens of a prompt that are worth a forward.
 MIN_PIECE = 32
-# Steps with as many rows as memory had room for, after which one more is tried.
-GROWTH_STEPS = 256
 
 Failed = tuple[Row, Exception]
 
@@ -87,7 +85,6 @@ class Engine:
         self._gone: list[Adapter] = []
         self._routings: list[Routing] = []
         self._crowded_out: list[Row] = []  # of a queue that was full
-        self._num_full_steps = 0
         self._is_stopping = False
 
     @property
@@ -191,9 +188,6 @@ class Engine:
         self._postprocess(failures)
         if self.is_idle:  # memory that ran out is there again
             self._scheduler.max_rows = self.limits.max_rows
-        elif self._num_full_steps >= GROWTH_STEPS:
-            self._scheduler.max_rows = min(self._scheduler.max_rows + 1, self.limits.max_rows)
-            self._num_full_steps = 0
         return not self.is_idle
 
     def _check(self, request: GenerationRequest) -> None:
@@ -270,7 +264,6 @@ class Engine:
         with self._wake:
             for row in rows:
                 self._scheduler.charge(row.share, 1)
-        self._num_full_steps += len(self._served) >= self._scheduler.max_rows
         if record:
             _tell_routing(rows, record)
         return []
@@ -409,7 +402,7 @@ class Engine:
 
     def _make_do_with(self, num_rows: int) -> None:
         free_memory()
-        self._scheduler.max_rows, self._num_full_steps = num_rows, 0
+        self._scheduler.max_rows = num_rows
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")
