@@ -22,9 +22,9 @@ from loraloom.host.host import Host
 from loraloom.terminal import printed
 
 HELP = """\
-/adapter NAME ...  answer with these adapters or `base`, one after the other
-/reset             start a new conversation
-/quit              quit, as does Ctrl-D; Ctrl-C stops an answer
+/adapter NAME  answer with this adapter or `base`
+/reset         start a new conversation
+/quit          quit, as does Ctrl-D; Ctrl-C stops an answer
 A space before a slash sends it as a message."""
 
 # A word after a slash, unlike a path.
@@ -36,8 +36,6 @@ class ChatOptions(HostOptions):
 
     system: Annotated[Text | None, Section.DATA] = None
     """Use this system message. Default: the one that each adapter was trained with."""
-    raw: Annotated[bool, Section.DATA] = False
-    """Use each message as written, without a template."""
 
 
 class ChatSampling(SamplingConfig):
@@ -64,29 +62,26 @@ def chat(
     """
     host, tokenizer = load_host(options, options.adapters)
     _check_system(options, host, tokenizer)
-    if not options.raw:
-        tell_unknown_prompts(host, tokenizer)
+    tell_unknown_prompts(host, tokenizer)
     names = [BASE, *options.names]
     for name in options.derived:
         host.adapter(name)  # an error if there is none
     limits = EngineLimits(
-        max_rows=len(names),
-        cache_tokens=default_cache_tokens(host, len(names)),
+        max_rows=1,
+        cache_tokens=default_cache_tokens(host, 2),  # for the turns, and what is kept of them
         max_request_s=math.inf,
     )
-    conversation = Conversation(
-        Engine(host, tokenizer, limits), tokenizer, options.system, raw=options.raw
-    )
-    models = names[-1:]
+    conversation = Conversation(Engine(host, tokenizer, limits), tokenizer, options.system)
+    model = names[-1]
     print(f"models: {', '.join(names)}; /help for commands")
     while True:
-        line = _read_line(f"{' '.join(models)}> ")
+        line = _read_line(f"{model}> ")
         if line.rstrip() == "/quit":
             return
         try:
             command, *words = line.split() if line.startswith("/") else [""]
-            if command in ("/adapter", "/compare"):
-                models = _choose_models(host, names, command, words)
+            if command == "/adapter":
+                model = _choose_model(host, names, " ".join(words))
             elif command == "/reset":
                 conversation.turns.clear()
             elif command == "/help":
@@ -97,7 +92,7 @@ def chat(
                     "before a message"
                 )
             elif line.strip():
-                _answer(conversation, line if options.raw else line.strip(), models, sampling)
+                _answer(conversation, line.strip(), model, sampling)
         except LoraloomError as error:
             print(f"error: {error}")
 
@@ -112,21 +107,18 @@ def _check_system(options: ChatOptions, host: Host, tokenizer: PreTrainedTokeniz
         has_turns = has_turns or not all(form.is_text for form in forms)
         if adapter.prompt is not None and adapter.prompt.is_text:
             deaf.append(name)
-    if options.raw or not has_turns:
-        raise ConfigError("--system requires a chat template; remove --system or --raw")
+    if not has_turns:
+        raise ConfigError("--system requires a chat template; remove --system")
     if deaf:
         print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
 
 
-def _choose_models(
-    host: Host, names: Sequence[str], command: str, words: Sequence[str]
-) -> list[str]:
-    for word in filter(is_derived, words):
-        host.adapter(word)
-    unknown = [word for word in words if word not in names and not is_derived(word)]
-    if unknown or not words:
-        raise ConfigError(f"{command} requires {' or '.join(names)}, got {shown(words)}")
-    return list(dict.fromkeys(words))
+def _choose_model(host: Host, names: Sequence[str], name: str) -> str:
+    if is_derived(name):
+        host.adapter(name)  # an error if there is none
+    elif name not in names:
+        raise ConfigError(f"/adapter requires {' or '.join(names)}, got {shown(name)}")
+    return name
 
 
 def _read_line(prompt: str) -> str:
@@ -140,22 +132,17 @@ def _read_line(prompt: str) -> str:
         return "/quit"
 
 
-def _answer(
-    conversation: Conversation, text: str, models: Sequence[str], sampling: SamplingConfig
-) -> None:
-    answering = None
-    answers = conversation.ask(text, models, sampling)
+def _answer(conversation: Conversation, text: str, model: str, sampling: SamplingConfig) -> None:
+    chosen = None
+    answer = conversation.ask(text, model, sampling)
     try:
-        for model, piece in answers:
-            chosen = conversation.chosen.get(model)
-            if model != answering and (len(models) > 1 or chosen):
-                if answering is not None:
-                    print()
-                print(f"[{model}, {chosen}]" if chosen else f"[{model}]")
-            answering = model
+        for piece in answer:
+            if conversation.chosen != chosen:
+                chosen = conversation.chosen
+                print(f"[{model}, {chosen}]")
             print(printed(piece), end="", flush=True)
     except KeyboardInterrupt:
         pass
     finally:
-        answers.close()  # pyright: ignore[reportAttributeAccessIssue]
+        answer.close()  # pyright: ignore[reportAttributeAccessIssue]
         print()

@@ -145,71 +145,57 @@ def complete(
 
 @dataclass
 class Conversation:
-    """Turns of a user and of models (or the base); who joins later reads the answers before."""
+    """Turns of a user and of models (or the base), which read one another's answers."""
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     system: str | None = None
-    raw: bool = False
-    turns: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    """What the user said, and what each model answered."""
-    chosen: dict[str, str] = field(default_factory=dict)
-    """By model which of its adapters answers, where a router has chosen it."""
+    turns: list[Message] = field(default_factory=list)
+    chosen: str | None = None
+    """Which of a model's adapters answers, where a router has chosen it."""
 
-    def ask(
-        self, text: str, models: Sequence[str], sampling: SamplingConfig
-    ) -> Iterator[tuple[str, str]]:
-        """Say something to models, and give their answers in pieces, one model after the other."""
-        # They answer together; the pieces of the later ones are kept until it is their turn. An
-        # answer whose reader stops early is remembered as far as it was read.
-        requests = {model: self._request(model, text, sampling) for model in models}
-        events: dict[str, deque[Event]] = {model: deque() for model in models}
-        rows, answers = [], dict[str, str]()
+    def ask(self, text: str, model: str, sampling: SamplingConfig) -> Iterator[str]:
+        """Say something to a model, and give its answer in pieces."""
+        # An answer whose reader stops early is remembered as far as it was read.
+        question: Message = {"role": "user", "content": text}
+        request = self._request(model, question, sampling)
+        events: deque[Event] = deque()
+        row = self.engine.submit(request, events.append)
+        pieces: list[str] = []
         try:
-            for model in models:
-                rows.append(self.engine.submit(requests[model], events[model].append))
-            self.turns.append((text, answers))
-            for model in models:
-                reason = None
-                while reason is None:
-                    while not events[model]:
-                        self.engine.step()
-                    event = events[model].popleft()
-                    if isinstance(event, Exception):
-                        raise event
-                    if event.text or event.finish_reason:  # else it may yet fail
-                        answers[model] = answers.get(model, "") + event.text
-                    yield model, event.text
-                    reason = event.finish_reason
+            reason = None
+            while reason is None:
+                while not events:
+                    self.engine.step()
+                event = events.popleft()
+                if isinstance(event, Exception):
+                    raise event
+                pieces.append(event.text)
+                yield event.text
+                reason = event.finish_reason
         finally:
-            for row in rows:
-                row.is_cancelled = True
+            row.is_cancelled = True
             while self.engine.step():
                 pass
+            if pieces:  # else it failed
+                self.turns.append(question)
+                self.turns.append({"role": "assistant", "content": "".join(pieces)})
 
-    def _request(self, model: str, text: str, sampling: SamplingConfig) -> GenerationRequest:
+    def _request(
+        self, model: str, question: Message, sampling: SamplingConfig
+    ) -> GenerationRequest:
         """What a model reads: all turns, or the last one alone where its prompts have no turns."""
+        messages: list[Message] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": self.system})
+        messages += [*self.turns, question]
         adapter = None if model == "base" else model
-        prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
-        read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
-        ids, turn_end, choice = read[0]
+        prompt = Prompt(tuple(messages), adapter, last_alone=True)
+        ((ids, turn_end, choice),) = read_prompts(self.engine.host, self.tokenizer, [prompt])
         description = describe_choice(choice, self.tokenizer)
-        if description:
-            self.chosen[model] = description["chosen"]["adapter"]
+        self.chosen = description["chosen"]["adapter"] if description else None
         room = max(1, self.engine.max_length - len(ids))
         num_new = min(sampling.max_new_tokens, room)
         sampling = sampling.model_copy(update={"max_new_tokens": num_new})
         place = self.engine.counts["steps",]  # another draw for each turn
         return GenerationRequest(ids, choice, model, sampling, place, turn_end=turn_end)
-
-    def _turns(self, model: str, text: str) -> tuple[Message, ...]:
-        messages: list[Message] = []
-        if self.system is not None:
-            messages.append({"role": "system", "content": self.system})
-        for said, answers in self.turns:
-            if answers:  # else all failed
-                # of the model that was asked, where this one was not
-                answer = answers.get(model, next(iter(answers.values())))
-                messages.append({"role": "user", "content": said})
-                messages.append({"role": "assistant", "content": answer})
-        return (*messages, {"role": "user", "content": text})
