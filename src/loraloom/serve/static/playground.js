@@ -13,18 +13,12 @@ function headers() {
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
-class ApiError extends Error {
-  constructor(response, error) {
-    super(error?.message ?? `the server returned status ${response.status}`);
-    this.status = response.status;
-    this.code = error?.code;
-  }
-}
-
 async function fetchOk(path, options) {
   const response = await fetch(path, { ...options, headers: headers() });
   if (!response.ok) {
-    throw new ApiError(response, (await response.json().catch(() => null))?.error);
+    const body = await response.json().catch(() => null);
+    const message = body?.error?.message ?? `the server returned status ${response.status}`;
+    throw Object.assign(new Error(message), { status: response.status });
   }
   return response;
 }
