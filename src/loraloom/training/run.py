@@ -58,7 +58,7 @@ def train(
         progress: Display of the run; None shows nothing, except in notebooks.
         base: Host and tokenizer, if they are loaded already.
         between_steps: Function called between steps, which may add and stop jobs.
-        watch: Directory of further job files to train, a `training.inbox.WatchOptions`.
+        watch: Directory of further job files to train, a `training.watched_directory.WatchOptions`.
         ray: Address of a Ray cluster that trains the jobs, `HOST:PORT`; `auto` is the cluster on
             this machine, or else a new one for this run.
         ray_workers: Number of Ray workers; None for one on each accelerator, or else machine.
