@@ -69,8 +69,8 @@ class Ranks(ABC):
     _is_apart: bool = False
 
     @abstractmethod
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to add a tensor up in place, in the same order on all; return what waits for it."""
+    def add_up(self, tensor: Tensor) -> None:
+        """Add a tensor up in place, in the same order on all ranks."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
@@ -79,7 +79,7 @@ class Ranks(ABC):
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, to bit-equal sums on all of them."""
         total = tensor.detach().clone()
-        self.start_sum(total)()
+        self.add_up(total)
         return total
 
     @property
@@ -105,16 +105,22 @@ class Ranks(ABC):
         """Raise on all ranks what some have run into; a rank's own error is left to the caller."""
         if not self.any(error is not None):
             return
-        is_general = error is not None and not isinstance(error, torch.OutOfMemoryError)
-        text = f"{type(error).__name__}: {error}" if is_general else ""
+        text = ""
+        if error is not None and not isinstance(error, torch.OutOfMemoryError):
+            text = f"{type(error).__name__}: {error}"
         faults = [f"on rank {n}: {sent}" for n, sent in enumerate(self.gather(text)) if sent]
-        if faults and not is_general:
+        if text:
+            return
+        if faults:
             raise RuntimeError(faults[0])
         if error is None:
             raise torch.OutOfMemoryError("memory ran out on another rank")
 
     def spread(self, items: Sequence[Item], compute: Callable[[Item], Result]) -> Iterator[Result]:
-        """Compute items, each on one rank, which is alone then; give all results in order."""
+        """Divide items among ranks, or compute all on each in lockstep; give results in order.
+
+        What `compute` spreads itself is not divided again.
+        """
         if self.size == 1 or self._is_apart:
             yield from map(compute, items)
             return
@@ -141,8 +147,8 @@ class Alone(Ranks):
     """A single process."""
 
     @override
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        return lambda: None
+    def add_up(self, tensor: Tensor) -> None:
+        pass
 
     @override
     def gather(self, value: Any) -> list[Any]:
@@ -159,15 +165,9 @@ class ProcessRanks(Ranks):
         self._group = dist.new_group(backend=backend, timeout=TIMEOUT)
 
     @override
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def add_up(self, tensor: Tensor) -> None:
         with self._reaching_others():
-            work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
-
-        def wait() -> None:
-            with self._reaching_others():
-                work.wait()
-
-        return wait
+            dist.all_reduce(tensor, group=self._group)
 
     @override
     def gather(self, value: Any) -> list[Any]:

@@ -182,7 +182,7 @@ def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
             counts = weights[0].new_tensor([float(w.grad is not None) for w in weights])
             buffer = torch.cat([*(gradient.flatten() for gradient in gradients), counts])
-        ranks.start_sum(buffer)()
+        ranks.add_up(buffer)
         sizes = [weight.numel() for weight in weights]
         *sums, counts = buffer.split([*sizes, len(weights)])
         for weight, gradient, count in zip(weights, sums, counts.tolist(), strict=True):
