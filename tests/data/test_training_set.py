@@ -61,7 +61,7 @@ def test_rows_of_all_formats_become_examples(tiny_tokenizer, tmp_path, alpaca):
     assert answers == ["blue;", "The sky<eos>", "\n0<eos>"]
     assert tiny_tokenizer.decode(loaded.examples[9].input_ids) == "Say 7.\n7<eos>"
     assert [example.sample_id for example in loaded.examples] == list(range(42))
-    assert (loaded.validation, loaded.warnings) == ([], ())
+    assert loaded.validation == []
 
 
 def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
@@ -115,7 +115,6 @@ def test_a_fraction_is_held_out_for_good(tiny_tokenizer, alpaca):
     assert (len(loaded.examples), len(loaded.validation)) == (30, 10)
     ids = [example.sample_id for example in [*loaded.examples, *loaded.validation]]
     assert sorted(ids) == list(range(40))
-    assert loaded.warnings == ()
     assert load(tiny_tokenizer, **data).validation == loaded.validation
     assert load(tiny_tokenizer, seed=1, **data).validation != loaded.validation
 
@@ -156,15 +155,13 @@ def test_a_task_is_learnt_in_either_scoring_and_as_the_right_answer_over_a_wrong
     assert (len(loaded.examples), len(loaded.validation)) == (8, 2)
 
 
-def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz, alpaca):
+def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz):
     loaded = load(tiny_tokenizer, **quiz, validation={**quiz, "scoring": "text"})
     assert (len(loaded.examples), len(loaded.validation)) == (10, 4)
     text = tiny_tokenizer.decode(loaded.validation[0].input_ids)
     assert text.startswith("Question: validation goal 0\nAnswer:")
     assert loaded.epoch_length == 10
     assert len(loaded.report) == 2
-    (warning,) = load(tiny_tokenizer, **alpaca, validation=alpaca).warnings
-    assert warning.startswith("warning: 40 of 40 held-out examples are training examples too; eval")
 
 
 SAID = {"from": "human", "value": "sky?"}
@@ -196,9 +193,8 @@ def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenize
     rows = [{"prompt": "sky?", "chosen": chosen, "rejected": "no"} for chosen in (None, "a")]
     pairs = {"dataset": write_rows(tmp_path / "a.jsonl", rows), "format": "preference"}
     pairs |= {"on_empty": "skip"}
-    loaded = load(tiny_tokenizer, **pairs, validation=pairs, as_pairs=True)
+    loaded = load(tiny_tokenizer, **pairs, as_pairs=True)
     assert loaded.report[0].endswith("; 1 skipped because of empty answers")
-    assert "1 of 1 held-out examples" in loaded.warnings[0]
 
 
 @pytest.mark.parametrize(

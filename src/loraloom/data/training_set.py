@@ -50,7 +50,6 @@ class TrainingSet:
     portions: tuple[Portion, ...]
     report: tuple[str, ...]
     seed: int
-    warnings: tuple[str, ...] = ()
 
     @property
     def epoch_length(self) -> int:
@@ -123,20 +122,7 @@ def load_training_set(
         for row in rows:
             validation += _number(row, sample_ids)
         report.append(_describe(source, rows, [], validation))
-    warnings = _warn_of_repeats(examples, validation)
-    return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
-
-
-def _warn_of_repeats(
-    examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]
-) -> tuple[str, ...]:
-    # what is learned too measures memory, as where the validation file was trained on
-    known_ids = {row.input_ids for row in _rows_of(examples)}
-    num_repeats = sum(any(row.input_ids in known_ids for row in x.rows) for x in validation)
-    if num_repeats == 0:
-        return ()
-    repeats = f"{num_repeats} of {len(validation)} held-out examples are training examples too"
-    return (f"warning: {repeats}; eval/loss shows how well they are remembered",)
+    return TrainingSet(examples, validation, tuple(portions), tuple(report), seed)
 
 
 def _number(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
@@ -236,7 +222,6 @@ class StreamedSet:
     ):
         self.seed = seed
         self.longest = max_length
-        self.warnings: tuple[str, ...] = ()
         self.validation: list[TrainingExample] = []
         sample_ids = count()
         if config.validation is not None:

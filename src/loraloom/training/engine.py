@@ -429,7 +429,6 @@ def set_up(
     engine = Engine(host, jobs, builder, directory, progress, run, environment)
     for job in jobs:
         lines += [f"{job.name}: {line}" for line in job.training_set.report]
-        lines += [f"{job.name}: {line}" for line in job.training_set.warnings]
         lines.append(f"{job.name}: {kept_memory(job.config, job.adapter)}")
     for line in lines:
         progress.message(line)
