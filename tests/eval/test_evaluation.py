@@ -90,7 +90,6 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
         (["arc_easy", "arc_easy"], {}, "tasks must have different names, got arc_easy, arc_easy"),
         (["arc_easy", "piqa"], {"data": "nowhere"}, "without arc_easy, piqa"),
         (["arc_esay"], {}, "did you mean 'arc_easy'"),
-        (["skills"], {"limit": -1}, "limit must be at least 1, or None for all, got -1"),
     ],
 )
 def test_tasks_that_cannot_be_loaded_are_an_error(tasks, options, message):

@@ -11,7 +11,7 @@ from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval import statistics
 from loraloom.eval.evaluation import evaluate_loss
-from loraloom.eval.held_out import data_set_name, describe_rows, load_held_out, row_scores
+from loraloom.eval.held_out import data_set_name, load_held_out, row_scores
 from tests.data.encoded import write_rows
 from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS
@@ -106,9 +106,9 @@ def test_rows_have_their_places_and_those_that_do_not_fit_are_told(host, tiny_to
     evaluation = evaluate_loss(host, tiny_tokenizer, data, ["lora"], **options)
     places = [line["index"] for line in evaluation.lines()]
     assert places == [place + 1 for place in range(len(INSTRUCTIONS))]
-    line = describe_rows("held_out", evaluation.tasks["held_out"])
-    assert "4 rows" in line
-    assert "1 dropped" in line
+    details = evaluation.tasks["held_out"]
+    assert details["num_examples"] == len(INSTRUCTIONS)
+    assert "1 dropped because their answers do not fit" in details["notes"]
 
 
 def test_chosen_answers_are_ranked_above_rejected_ones(host, tiny_tokenizer, data_of):

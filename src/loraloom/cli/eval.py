@@ -20,7 +20,7 @@ from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.evaluation import load_question_sets, score_sets
-from loraloom.eval.held_out import describe_rows, load_held_out
+from loraloom.eval.held_out import load_held_out
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.score import Scorer
 from loraloom.eval.statistics import Pair, choose_pairs
@@ -133,7 +133,9 @@ def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
     console = make_console(stderr=True, soft_wrap=True)
     if describes_rows:
         for name, details in evaluation.tasks.items():
-            console.print(describe_rows(name, details))
+            kind = "pairs" if details["format"] == "preference" else "rows"
+            size = f"{details['num_examples']} {kind}, {details['num_tokens']} tokens with a loss"
+            console.print("; ".join([f"{name}: {size}", *details["notes"]]))
     if evaluation.num_cached_scores:
         count = evaluation.num_cached_scores
         console.print(f"reused {count} cached scores of an earlier evaluation")

@@ -7,9 +7,7 @@ evaluation.results["math"]["held_out"]["perplexity"]
 evaluation.write("result.json")
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import Scoring, SourceConfig, skills_lands, task_name
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
-from loraloom.data.tokens import NO_LOSS, TokenPair
-from loraloom.errors import ConfigError, not_finite
-from loraloom.eval import generated_answers
+from loraloom.errors import ConfigError
 from loraloom.eval.cache import describe_adapters, describe_evaluation
-from loraloom.eval.generated_answers import AnswerSet, load_answer_set
-from loraloom.eval.held_out import HeldOutSet, load_held_out, pair_scores, row_scores
-from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, Fields, check_limit
+from loraloom.eval.generated_answers import AnswerSet, load_answer_set, score_answers
+from loraloom.eval.held_out import HeldOutSet, load_held_out, score_rows
+from loraloom.eval.results import SCHEMA_VERSION, Comparison, Evaluation, Fields
 from loraloom.eval.routing import RoutingTally
-from loraloom.eval.score import Scorer, Scores, score_questions, task_scores, with_all_labels
+from loraloom.eval.score import Scorer, Scores, score_choices
 from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
-from loraloom.generation.scoring import example_row
 from loraloom.host.host import Host
-from loraloom.terminal import show_progress
 
 TaskSet = QuestionSet | AnswerSet
 
@@ -69,7 +63,7 @@ def evaluate(
         DataError: If a task's data is missing or damaged, or a question doesn't fit the model.
         AdapterError: If the host lacks an adapter, or its scores are not finite.
     """
-    scorer = _make_scorer(host, tokenizer, adapters, **options)
+    scorer = _make_scorer(host, tokenizer, adapters, limit, **options)
     listed = [tasks] if isinstance(tasks, str | Path | TaskSet) else tasks
     sets = [task for task in listed if isinstance(task, TaskSet)]
     names = [str(task) for task in listed if not isinstance(task, TaskSet)]
@@ -108,7 +102,7 @@ def evaluate_loss(
         DataError: If it is missing or damaged, or no row fits.
         AdapterError: If the host lacks an adapter, or its losses are not finite.
     """
-    scorer = _make_scorer(host, tokenizer, adapters, **options)
+    scorer = _make_scorer(host, tokenizer, adapters, limit, **options)
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit)]
     sets = list(data)
@@ -121,11 +115,14 @@ def _make_scorer(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     adapters: Sequence[str | None] | None,
+    limit: int | None,
     *,
     pairs: Sequence[Pair] | None = None,
     sources: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Scorer:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, or None for all, got {limit}")
     if adapters is None:
         adapters = [None, *host.adapters]
     elif isinstance(adapters, str):
@@ -145,14 +142,14 @@ def score_sets(scorer: Scorer, sets: Sequence[TaskSet] | Sequence[HeldOutSet]) -
     scores = []
     for data in sets:
         if isinstance(data, HeldOutSet):
-            scores.append(_score_rows(data, scorer, tally))
+            scores.append(score_rows(data, scorer, tally))
             continue
         if scorer.compat and (isinstance(data, AnswerSet) or data.scoring != "label"):
             raise ConfigError(f"compat {scorer.compat} requires choice tasks with scoring: label")
         if isinstance(data, AnswerSet):
-            scores.append(_score_answers(data, scorer))
+            scores.append(score_answers(data, scorer))
         else:
-            scores.append(_score_choices(data, scorer, tally))
+            scores.append(score_choices(data, scorer, tally))
     return summarise(
         scores,
         scorer.pairs,
@@ -162,60 +159,6 @@ def score_sets(scorer: Scorer, sets: Sequence[TaskSet] | Sequence[HeldOutSet]) -
         routing=tally.summarise(),
         compat=scorer.compat,
     )
-
-
-def _score_choices(data: QuestionSet, scorer: Scorer, tally: RoutingTally) -> Scores:
-    if scorer.compat is not None:
-        data = replace(data, questions=[with_all_labels(question) for question in data.questions])
-    questions = data.questions
-    groups = [question.group for question in questions]
-    on_routing = tally.observe(data.task, len(questions), groups)
-    # characters that the model reads: different contexts once, and every continuation
-    sizes = [sum(map(len, {*x.contexts, *x.continuations})) for x in questions]
-    with show_progress(scorer.console, data.task, sizes) as advance:
-        scores = score_questions(
-            scorer,
-            questions,
-            last_tokens=scorer.compat is not None,
-            on_progress=advance,
-            on_routing=on_routing,
-        )
-    origins = [f"in {data.task}, question {question.index}" for question in questions]
-    for adapter, answers in scores.items():
-        _check_finite("scores", adapter, [answer.log_likelihoods for answer in answers], origins)
-    return task_scores(data, {adapter or BASE: answers for adapter, answers in scores.items()})
-
-
-def _score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
-    if data.judged is not None:
-        names = [adapter or BASE for adapter in scorer.adapters]
-        return generated_answers.judged_scores(data, data.judged, names)
-    answers = {}
-    sizes = [1] * len(data.rows) * len(scorer.adapters)
-    with show_progress(scorer.console, data.task, sizes) as advance:
-        for adapter in scorer.adapters:
-            texts = generated_answers.generate_answers(scorer, data, adapter, advance)
-            answers[adapter or BASE] = texts
-    return generated_answers.answer_scores(data, answers)
-
-
-def _score_rows(data: HeldOutSet, scorer: Scorer, tally: RoutingTally) -> Scores:
-    rows = [[example_row(example) for example in examples] for examples in data.rows]
-    keys = []
-    for examples in data.rows:
-        # no question has NO_LOSS in a context, so none is taken for a row
-        keys.append([TokenPair([NO_LOSS, *row.input_ids], list(row.labels)) for row in examples])
-    rows_per_item = 2 if data.has_pairs else 1
-    num_items = len(rows) // rows_per_item
-    on_routing = tally.observe(data.name, num_items, rows_per_question=rows_per_item)
-    with show_progress(scorer.console, data.name, data.num_tokens) as advance:
-        scores = scorer.score(rows, keys, advance, on_routing)
-    origins = [f"in row {index + 1} of {data.name}" for index in data.row_indices]
-    losses = {}
-    for adapter, log_probs in scores.items():
-        _check_finite("losses", adapter, log_probs, origins)
-        losses[adapter or BASE] = [-log_prob for (log_prob,) in log_probs]
-    return pair_scores(data, losses) if data.has_pairs else row_scores(data, losses)
 
 
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
@@ -254,15 +197,6 @@ def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -
     )
 
 
-def _check_finite(
-    kind: str, adapter: str | None, scores: Sequence[Sequence[float]], origins: Sequence[str]
-) -> None:
-    for values, origin in zip(scores, origins, strict=True):
-        if not all(map(math.isfinite, values)):
-            shown = values[0] if len(values) == 1 else values
-            raise not_finite(kind, shown, [adapter], origin)
-
-
 def load_question_sets(
     tasks: Sequence[str],
     scoring: Scoring | None = None,
@@ -270,7 +204,6 @@ def load_question_sets(
     data: str | Path | None = None,
     limit: int | None = None,
 ) -> list[TaskSet]:
-    check_limit(limit)
     _check_differ("tasks", [task_name(task) for task in tasks])
     answer_sets: dict[str, AnswerSet] = {}
     for task in tasks:

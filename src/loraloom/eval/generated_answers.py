@@ -26,12 +26,14 @@ from loraloom.data.chat import read_conversation
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import read_input
 from loraloom.errors import DataError
+from loraloom.eval.results import BASE
 from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig, end_tokens
+from loraloom.terminal import show_progress
 
 # Answers that are generated at once where no number of tokens is given.
 BATCH_SIZE = 16
@@ -184,7 +186,19 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
     return re.search(f"{before}{re.escape(reference)}{after}", answer) is not None
 
 
-def generate_answers(
+def score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
+    if data.judged is not None:
+        names = [adapter or BASE for adapter in scorer.adapters]
+        return _judged_scores(data, data.judged, names)
+    answers = {}
+    sizes = [1] * len(data.rows) * len(scorer.adapters)
+    with show_progress(scorer.console, data.task, sizes) as advance:
+        for adapter in scorer.adapters:
+            answers[adapter or BASE] = _generate_answers(scorer, data, adapter, advance)
+    return _answer_scores(data, answers)
+
+
+def _generate_answers(
     scorer: Scorer,
     data: AnswerSet,
     adapter: str | None,
@@ -220,7 +234,7 @@ def generate_answers(
     return texts
 
 
-def answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
+def _answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
     split = data.details["split"]
     scores = Scores(data.task, data.details)
     for adapter, texts in answers.items():
@@ -252,7 +266,7 @@ def _question_text(prompt: Prompt) -> str:
     return "\n\n".join(filter(None, texts))
 
 
-def judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
+def _judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
     missing = [name for name in names if name not in judged.right]
     if missing:
         raise DataError(

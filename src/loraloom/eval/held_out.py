@@ -7,7 +7,6 @@ number. A pair is ranked correctly if the chosen answer's log p, summed over its
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,15 @@ from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import describe, find_location, is_data_file
 from loraloom.data.tasks import find_task
-from loraloom.data.tokens import Example, count_labels
+from loraloom.data.tokens import NO_LOSS, Example, TokenPair, count_labels
 from loraloom.errors import ConfigError
-from loraloom.eval.results import check_limit
-from loraloom.eval.score import Scores
+from loraloom.eval.results import BASE
+from loraloom.eval.routing import RoutingTally
+from loraloom.eval.score import Scorer, Scores, check_finite
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, share_fields
+from loraloom.generation.scoring import example_row
 from loraloom.host.host import Host
-
-_SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
+from loraloom.terminal import show_progress
 
 # Loss from which on a perplexity, 4e38, says nothing.
 MAX_EXPONENT = 89
@@ -52,12 +52,6 @@ class HeldOutSet:
         return [sum(map(count_labels, examples)) for examples in self.rows]
 
 
-def describe_rows(name: str, details: Mapping[str, Any]) -> str:
-    kind = "pairs" if details["format"] == "preference" else "rows"
-    size = f"{details['num_examples']} {kind}, {details['num_tokens']} tokens with a loss"
-    return "; ".join([f"{name}: {size}", *details["notes"]])
-
-
 def load_held_out(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,7 +65,6 @@ def load_held_out(
     longest = min(MAX_LENGTH, positions) if max_length is None else max_length
     if not 2 <= longest <= positions:
         raise ConfigError(f"max_length must be from 2 to the model's {positions}, got {longest}")
-    check_limit(limit)
     split = source.split or "validation"
     encoder = SourceEncoder(source, tokenizer, longest)
     encoded = encoder.load(split, limit)
@@ -103,8 +96,29 @@ def load_held_out(
 
 def data_set_name(dataset: str) -> str:
     """Give a file's name without the suffixes of its type, or the last part of another path."""
-    name = Path(dataset).name
-    return _SUFFIXES.sub("", name) or name or dataset
+    path = Path(dataset)
+    if is_data_file(path):
+        return Path(path.name.removesuffix(".gz")).stem
+    return path.name or dataset
+
+
+def score_rows(data: HeldOutSet, scorer: Scorer, tally: RoutingTally) -> Scores:
+    rows = [[example_row(example) for example in examples] for examples in data.rows]
+    keys = []
+    for examples in data.rows:
+        # no question has NO_LOSS in a context, so none is taken for a row
+        keys.append([TokenPair([NO_LOSS, *row.input_ids], list(row.labels)) for row in examples])
+    rows_per_item = 2 if data.has_pairs else 1
+    num_items = len(rows) // rows_per_item
+    on_routing = tally.observe(data.name, num_items, rows_per_question=rows_per_item)
+    with show_progress(scorer.console, data.name, data.num_tokens) as advance:
+        scores = scorer.score(rows, keys, advance, on_routing)
+    origins = [f"in row {index + 1} of {data.name}" for index in data.row_indices]
+    losses = {}
+    for adapter, log_probs in scores.items():
+        check_finite("losses", adapter, log_probs, origins)
+        losses[adapter or BASE] = [-log_prob for (log_prob,) in log_probs]
+    return pair_scores(data, losses) if data.has_pairs else row_scores(data, losses)
 
 
 def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Scores:

@@ -167,11 +167,6 @@ def read_evaluation(path: Path) -> Evaluation:
     return checked(Evaluation, read_json(path, DataError), DataError, expected)
 
 
-def check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, or None for all, got {limit}")
-
-
 def check_outputs(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix.lower() not in (".json", ".csv"):

@@ -18,13 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
 from loraloom.data.tokens import TokenPair, encode_pairs, encode_texts
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, not_finite
 from loraloom.eval.cache import ScoreCache, Tokens
-from loraloom.eval.results import Fields, Metric, PairedComparison
+from loraloom.eval.results import BASE, Fields, Metric, PairedComparison
+from loraloom.eval.routing import RoutingTally
 from loraloom.eval.statistics import Pair, compare_losses, compare_paired, seed_values, share_fields
 from loraloom.generation import scoring
 from loraloom.generation.scoring import fit_pair
 from loraloom.host.host import Host
+from loraloom.terminal import show_progress
 
 # Of a question's choices.
 LogLikelihoods = tuple[float, ...]
@@ -252,6 +254,37 @@ class Scores:
         if self.num_tokens:
             return compare_losses(first_values, second_values, self.num_tokens)
         return compare_paired(first_values, second_values)
+
+
+def score_choices(data: QuestionSet, scorer: Scorer, tally: RoutingTally) -> Scores:
+    if scorer.compat is not None:
+        data = replace(data, questions=[with_all_labels(question) for question in data.questions])
+    questions = data.questions
+    groups = [question.group for question in questions]
+    on_routing = tally.observe(data.task, len(questions), groups)
+    # characters that the model reads: different contexts once, and every continuation
+    sizes = [sum(map(len, {*x.contexts, *x.continuations})) for x in questions]
+    with show_progress(scorer.console, data.task, sizes) as advance:
+        scores = score_questions(
+            scorer,
+            questions,
+            last_tokens=scorer.compat is not None,
+            on_progress=advance,
+            on_routing=on_routing,
+        )
+    origins = [f"in {data.task}, question {question.index}" for question in questions]
+    for adapter, answers in scores.items():
+        check_finite("scores", adapter, [answer.log_likelihoods for answer in answers], origins)
+    return task_scores(data, {adapter or BASE: answers for adapter, answers in scores.items()})
+
+
+def check_finite(
+    kind: str, adapter: str | None, scores: Sequence[Sequence[float]], origins: Sequence[str]
+) -> None:
+    for values, origin in zip(scores, origins, strict=True):
+        if not all(map(math.isfinite, values)):
+            shown = values[0] if len(values) == 1 else values
+            raise not_finite(kind, shown, [adapter], origin)
 
 
 def task_scores(data: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]]) -> Scores:
