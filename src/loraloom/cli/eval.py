@@ -3,7 +3,7 @@
 import logging
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from loraloom.data.sources import find_location, read_rows
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.evaluation import load_question_sets, score_sets
 from loraloom.eval.held_out import load_held_out
-from loraloom.eval.results import Evaluation, check_outputs, write_lines
+from loraloom.eval.results import Evaluation, Fields, check_outputs, write_lines
 from loraloom.eval.score import Scorer
 from loraloom.eval.statistics import Pair, choose_pairs
 from loraloom.formats.files import read_stored
@@ -115,17 +115,17 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
         prepare_output(path, "--output")
     prepare_output(run.per_question, "--per-question")
     pairs = choose_pairs(run.scored, run.compare)
+    files = describe_adapters(run.adapters)
     stored = {name: read_stored(find_adapter(path)) for name, path in run.adapters.items()}
     if run.harness:
-        evaluation, lines = _evaluate_harness(run, stored)
+        evaluation = _evaluate_harness(run, stored, files)
     else:
-        evaluation = _evaluate_sets(run, stored, pairs)
-        lines = evaluation.lines()
+        evaluation = _evaluate_sets(run, stored, files, pairs)
     _print_notes(evaluation, describes_rows=bool(run.dataset))
     for path in run.output:
         evaluation.write(path)
     if run.per_question is not None:
-        write_lines(run.per_question, lines)
+        write_lines(run.per_question, evaluation.lines())
     print_tables(make_console(), evaluation.tables())  # last: its reader may be gone
 
 
@@ -145,9 +145,11 @@ def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
 
 
 def _evaluate_sets(
-    run: EvalRun, stored: Mapping[str, StoredAdapter], pairs: Sequence[Pair]
+    run: EvalRun,
+    stored: Mapping[str, StoredAdapter],
+    files: Mapping[str, Fields],
+    pairs: Sequence[Pair],
 ) -> Evaluation:
-    files = describe_adapters(run.adapters)
     sources = _held_out_sources(run, [adapter.prompt for adapter in stored.values()])
     sets: Any = load_question_sets(_names(run.task), run.scoring, run.split, run.data, run.limit)
     host, tokenizer = load_host(run, stored)
@@ -169,13 +171,12 @@ def _evaluate_sets(
 
 
 def _evaluate_harness(
-    run: EvalRun, stored: Mapping[str, StoredAdapter]
-) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
+    run: EvalRun, stored: Mapping[str, StoredAdapter], files: Mapping[str, Fields]
+) -> Evaluation:
     from loraloom.eval.harness import evaluate_adapters, load_tasks
-    from loraloom.eval.harness.tasks import as_evaluation, question_lines
+    from loraloom.eval.harness.tasks import as_evaluation
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
-    files = describe_adapters(run.adapters)
     tasks = load_tasks(_names(run.harness), run.harness_include)
     host, tokenizer = load_host(run, stored)
     results = evaluate_adapters(
@@ -188,8 +189,7 @@ def _evaluate_harness(
         apply_chat_template=run.apply_chat_template,
         max_tokens_per_batch=run.batch_tokens,
     )
-    evaluation = as_evaluation(results, **describe_evaluation(host, files, _command()))
-    return evaluation, question_lines(results)
+    return as_evaluation(results, **describe_evaluation(host, files, _command()))
 
 
 def _command() -> str:

@@ -18,6 +18,7 @@ from lm_eval.utils import handle_non_serializable
 from loraloom.config.fields import suggestion
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Evaluation, Fields
+from loraloom.eval.score import Scores
 
 # What `lm_eval.simple_evaluate` returns, by adapter.
 Results = Mapping[str | None, Mapping[str, Any]]
@@ -89,7 +90,10 @@ def as_evaluation(by_adapter: Results, **details: Any) -> Evaluation:
         results[name] = {task: _result(output, task) for task in output["results"]}
         plain[name] = {key: value for key, value in output.items() if key != "samples"}
     details["lm_eval"] = _plain_json(plain)
-    return Evaluation(schema_version=SCHEMA_VERSION, results=results, tasks={}, **details)
+    scores = Scores("lm-eval", {}, lines=list(question_lines(by_adapter)))
+    return Evaluation(
+        schema_version=SCHEMA_VERSION, results=results, tasks={}, scores=[scores], **details
+    )
 
 
 def _plain_json(value: Any) -> Any:
