@@ -155,7 +155,6 @@ def test_a_template_in_an_adapters_files_is_no_file_of_this_machine(
     ("ask", "error", "message"),
     [
         (lambda h, t: HostLM(h, t, "nobody"), AdapterError, "got 'nobody'"),
-        (lambda h, t: shared_lms(h, t, []), AdapterError, "adapters must name at least one"),
         (
             lambda h, t: log_likelihoods(HostLM(h, t), [("a", "yes " * 300)]),
             DataError,

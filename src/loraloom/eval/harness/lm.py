@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.fields import checked
 from loraloom.data.templates import ChatTemplate
 from loraloom.data.tokens import TokenPair
-from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
+from loraloom.errors import ConfigError, DataError, not_finite
 from loraloom.generation import scoring
 from loraloom.generation.generate import complete
 from loraloom.generation.request import GenerationRequest
@@ -47,8 +47,6 @@ class Answers:
         max_tokens_per_batch: int | None = None,
         batch_size: int = 16,
     ):
-        if not adapters:
-            raise AdapterError("adapters must name at least one, or None for the base, got none")
         self.adapters = list(dict.fromkeys(adapters))
         self._host = host
         self._tokenizer = tokenizer
@@ -253,7 +251,7 @@ def evaluate_adapters(
             template = str(_chat_template(host, tokenizer, name))
         groups.setdefault(template, []).append(name)
     models: dict[str | None, Any] = {}
-    for names in [*groups.values()] or [[]]:  # an error
+    for names in groups.values():
         answers = Answers(host, tokenizer, names, max_tokens_per_batch, batch_size)
         for name in names:
             models[name] = HostLM(host, tokenizer, name, answers=answers)
