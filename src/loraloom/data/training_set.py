@@ -12,7 +12,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count, islice
 from typing import Any, final
 
@@ -237,7 +237,7 @@ class StreamedSet:
             self._sources.append(_Source(encoder, num_rows))
         positions = (SourcePosition(),) * len(self._sources)
         self.start = StreamPosition(0, taken=0, first_id=next(sample_ids), sources=positions)
-        self._blocks: dict[int, Block] = {}
+        self._read_block = lru_cache(maxsize=MAX_BLOCKS)(self._make_block)
         self.take(self.start, 1)
         self.report = tuple(source.describe() for source in self._sources)
 
@@ -247,11 +247,7 @@ class StreamedSet:
         return examples_digest(self.block(self.start).examples, self.validation, repr(sizes))
 
     def block(self, position: StreamPosition) -> Block:
-        block = self._blocks.pop(position.block, None) or self._read_block(position)
-        if len(self._blocks) >= MAX_BLOCKS:
-            del self._blocks[next(iter(self._blocks))]  # the oldest
-        self._blocks[position.block] = block
-        return block
+        return self._read_block(replace(position, taken=0))
 
     def take(
         self, position: StreamPosition, number: int
@@ -271,7 +267,7 @@ class StreamedSet:
             position = replace(position, taken=stop) if stop < len(block.examples) else block.next
         return examples, position
 
-    def _read_block(self, position: StreamPosition) -> Block:
+    def _make_block(self, position: StreamPosition) -> Block:
         # ids go up for ever, as a sample's dropout is drawn by its id
         sample_ids = count(position.first_id)
         examples = list[TrainingExample]()
