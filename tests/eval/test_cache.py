@@ -1,7 +1,4 @@
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -60,20 +57,6 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, reopen, change):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ConfigError, match=f"cached in .*{FILE_NAME}.* delete a damaged file"):
         kept(reopen(), *range(2000))
-
-
-def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
-    keep(reopen(), 4)
-    code = (
-        "import os, signal, sqlite3, sys\n"
-        "file = sqlite3.connect(sys.argv[1])\n"
-        "file.execute(\"INSERT INTO kept VALUES ('a', '[-1.0]')\")\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    path = tmp_path / "cache" / FILE_NAME
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
-    keep(reopen(), 5)
-    assert kept(reopen(), 4, 5) == [4, 5]
 
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path, base):
