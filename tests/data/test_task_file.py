@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.config.data import DataConfig
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import find_task, load_question_set, questions_digest
-from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tasks" / "custom_arc_easy.yaml"
@@ -187,10 +185,3 @@ def test_what_a_task_lacks_is_an_error(write, tmp_path):
     (tmp_path / "my quiz.yaml").write_text(TASK)
     with pytest.raises(ConfigError, match=r"my quiz.yaml: name must be a safe file name"):
         load_question_set(str(tmp_path / "my quiz.yaml"))
-
-
-def test_a_job_can_learn_from_a_task(write, tiny_tokenizer):
-    config = DataConfig.model_validate({"task": write(TASK, ROW, {**ROW, "question": "?"})})
-    training = load_training_set(config, tiny_tokenizer, max_length=64, seed=0)
-    assert len(training.examples) == 2
-    assert training.report[0].startswith("quiz (text): 2 rows")

@@ -147,7 +147,7 @@ def test_chosen_answers_are_ranked_above_rejected_ones(host, tiny_tokenizer, dat
 def test_a_wrong_data_set_is_an_error(host, tiny_tokenizer, instructions, change, options, message):
     with pytest.raises(LoraloomError, match=message):
         evaluate_loss(host, tiny_tokenizer, instructions | change, **options)
-    with pytest.raises(ConfigError, match="must have at least one data set"):
+    with pytest.raises(ConfigError, match="at least one task or data set, got none"):
         evaluate_loss(host, tiny_tokenizer, [])
     one = load_held_out(host, tiny_tokenizer, instructions)
     with pytest.raises(ConfigError, match="sets must have different names, got held_out, held_out"):

@@ -5,8 +5,6 @@ import pytest
 
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError
-from loraloom.report.charts import learning_curves
-from loraloom.report.jobs import read_runs
 from loraloom.report.page import lay_out, make_page
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
@@ -169,11 +167,6 @@ def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path):
     assert places == sorted(places)
     for title in ("Results, with 95 % intervals", "Differences on the same rows"):
         assert f"{title}: 21 rows" in checked.text
-
-
-def test_every_metric_has_a_chart(run):
-    titles = [chart.title for chart in learning_curves(read_runs([run]))]
-    assert titles == ["loss, running mean", "learning_rate", "eval/arc_easy/accuracy"]
 
 
 def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import Scoring, SourceConfig, skills_lands, task_name
+from loraloom.config.data import Scoring, SourceConfig, skills_lands
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.errors import ConfigError
@@ -68,9 +68,6 @@ def evaluate(
     sets = [task for task in listed if isinstance(task, TaskSet)]
     names = [str(task) for task in listed if not isinstance(task, TaskSet)]
     sets += load_question_sets(names, scoring, split, data, limit)
-    _check_differ("tasks", [task.task for task in sets])
-    if not sets:
-        raise ConfigError("tasks must contain at least one task, got none")
     return score_sets(scorer, sets)
 
 
@@ -105,10 +102,7 @@ def evaluate_loss(
     scorer = _make_scorer(host, tokenizer, adapters, limit, **options)
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit)]
-    sets = list(data)
-    if not sets:
-        raise ConfigError("data must have at least one data set, got none")
-    return score_sets(scorer, sets)
+    return score_sets(scorer, list(data))
 
 
 def _make_scorer(
@@ -135,7 +129,11 @@ def _make_scorer(
 
 
 def score_sets(scorer: Scorer, sets: Sequence[TaskSet] | Sequence[HeldOutSet]) -> Evaluation:
-    _check_differ("data sets", [data.name for data in sets if isinstance(data, HeldOutSet)])
+    if not sets:
+        raise ConfigError("an evaluation needs at least one task or data set, got none")
+    names = [data.name if isinstance(data, HeldOutSet) else data.task for data in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data sets must have different names, got {', '.join(names)}")
     if scorer.cache is not None:
         scorer.cache.begin()
     tally = RoutingTally(scorer.host, scorer.adapters, scorer.tokenizer)
@@ -204,7 +202,6 @@ def load_question_sets(
     data: str | Path | None = None,
     limit: int | None = None,
 ) -> list[TaskSet]:
-    _check_differ("tasks", [task_name(task) for task in tasks])
     answer_sets: dict[str, AnswerSet] = {}
     for task in tasks:
         answers = load_answer_set(task, split, limit)
@@ -235,8 +232,3 @@ def load_question_sets(
         path = None if reading and skills_lands(task) else data
         sets.append(load_question_set(task, scoring, split, path, limit))
     return sets
-
-
-def _check_differ(kind: str, names: Sequence[str]) -> None:
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{kind} must have different names, got {', '.join(names)}")
