@@ -91,7 +91,7 @@ def test_columns_may_have_any_names_and_one_row_is_enough(init, tmp_path):
     assert main(["train", "new/run.yaml", "--set", "jobs.0.train.num_epochs=1"]) == 0
     assert "ROLE=COLUMN" in init("übung.csv", "--column", "output", code=2)
     error = init("übung.csv", words[0], "--column=output=reponse", code=2)
-    assert "has no column 'reponse', which --column names; did you mean 'Réponse'" in error
+    assert "the row has no field 'reponse', the output of format instruction" in error
 
 
 @pytest.mark.parametrize(("num_rows", "text"), [(2, "; 1 duplicate\n"), (3, "; 2 duplicates\n")])

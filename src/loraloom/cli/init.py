@@ -21,7 +21,7 @@ from loraloom.atomic_io import prepare_output, write_output
 from loraloom.base.loading import load_tokenizer
 from loraloom.cli.data import row_lines
 from loraloom.config.data import DataFormat, SourceConfig
-from loraloom.config.fields import checked, suggestion
+from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
@@ -234,13 +234,6 @@ def find_columns(
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first of the named formats whose columns most rows have."""
     counts = Counter(chain.from_iterable(rows))
-    listed = fields_of(counts)
-    for role, name in fields.items():
-        if name not in counts and role not in _RARE:
-            raise DataError(
-                f"{file} has no column {name!r}, which --column names; "
-                f"{suggestion(name, counts)}its columns are {listed}"
-            )
     usual: dict[str, str] = {}
     for name, count in counts.items():
         if 2 * count >= len(rows) or name in _RARE:
@@ -259,7 +252,7 @@ def find_columns(
             return row_format, columns
     required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
     raise DataError(
-        f"{file}: no format fits the columns {listed}. {advice}. The roles of each "
+        f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
         f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
 
