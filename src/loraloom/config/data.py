@@ -74,10 +74,10 @@ def skills_lands(task: str) -> dict[str, int | None] | None:
 
 
 def is_file_of_test(dataset: str | None) -> bool:
-    return _is_file(dataset) and PurePath(str(dataset)).name.split(".")[0] == "test"
+    return is_data_file(dataset) and PurePath(str(dataset)).name.split(".")[0] == "test"
 
 
-def _is_file(dataset: str | None) -> bool:
+def is_data_file(dataset: str | None) -> bool:
     return dataset is not None and _DATA_FILE.fullmatch(dataset) is not None
 
 
@@ -236,7 +236,7 @@ class _SourceFields(StrictModel):
             unused |= dict.fromkeys(_OF_DATASETS, "a task, only for a dataset")
         if self.dataset is not None:
             unused |= dict.fromkeys(("path", "scoring"), "a dataset, only for a task")
-        if _is_file(self.dataset):
+        if is_data_file(self.dataset):
             unused |= dict.fromkeys(("split", "config"), f"a file ({self.dataset})")
         for name, case in unused.items():
             if getattr(self, name) is not None:

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loraloom.config.data import is_data_file
 from loraloom.config.fields import suggestion
 from loraloom.config.text import local_path, parse_json
 from loraloom.errors import DataError, names_in, shown
@@ -112,14 +113,10 @@ def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
         listed = names_in(names, _MAX_NAMES) or "nothing"
         hint = f"{suggestion(path.name, names)}{path.parent} has {listed}"
         raise DataError(f"{path}: no such file or directory; {hint}")
-    if not is_data_file(path):
+    if not is_data_file(str(path)):
         kinds = ", ".join(_READERS)
         raise DataError(f"{path}: a data file must end in one of {kinds} (.gz may follow)")
     return islice(_rows_of(path), start, None)
-
-
-def is_data_file(path: Path) -> bool:
-    return _suffix(path) in _READERS
 
 
 def _suffix(path: Path) -> str:
@@ -269,7 +266,7 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
         if config is not None:
             raise DataError(f"{path}: config is only for data sets on the Hub; remove config")
         return find_split(split_files(path), split, path)
-    is_path = path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location)
+    is_path = path.exists() or is_data_file(location) or not _HUB_ID.fullmatch(location)
     if is_path:
         return path
     return HubSource(location, config)

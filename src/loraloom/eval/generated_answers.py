@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from loraloom.config.data import SourceConfig, is_task_file, task_name
+from loraloom.config.data import SourceConfig, is_data_file, is_task_file, task_name
 from loraloom.config.fields import StrictModel, check_name, checked
 from loraloom.config.text import read_settings
 from loraloom.data import sources
@@ -106,8 +106,7 @@ def load_answer_set(
     source = config.data
     if source is None:
         return _load_judged(name, config, limit)
-    is_file = sources.is_data_file(Path(source.dataset or ""))
-    split = None if is_file else split or source.split or "validation"
+    split = None if is_data_file(source.dataset) else split or source.split or "validation"
     location = sources.find_location(source.dataset or "", split or "", source.config)
     data_rows = sources.read_rows(location, split or "", limit)
     rows: list[AnswerRow] = []

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import MAX_LENGTH, SourceConfig
+from loraloom.config.data import MAX_LENGTH, SourceConfig, is_data_file
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import describe, find_location, is_data_file
+from loraloom.data.sources import describe, find_location
 from loraloom.data.tasks import find_task
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair, count_labels
 from loraloom.errors import ConfigError
@@ -80,7 +80,7 @@ def load_held_out(
     location = source.dataset and find_location(source.dataset, split, source.config)
     details = {
         "format": source.format or source.scoring or find_task(str(source.task)).config.scoring,
-        "split": None if is_data_file(Path(source.dataset or "")) else split,
+        "split": None if is_data_file(source.dataset) else split,
         "num_examples": len(rows),
         "num_tokens": sum(count_labels(row) for examples in rows for row in examples),
         "notes": encoder.notes(encoded),
@@ -97,7 +97,7 @@ def load_held_out(
 def data_set_name(dataset: str) -> str:
     """Give a file's name without the suffixes of its type, or the last part of another path."""
     path = Path(dataset)
-    if is_data_file(path):
+    if is_data_file(dataset):
         return Path(path.name.removesuffix(".gz")).stem
     return path.name or dataset
 
