@@ -17,7 +17,7 @@ from loraloom.config.data import PromptForm
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import given_source
 from loraloom.errors import ConfigError
-from loraloom.formats.raw_files import CONFIG_FILE, find_adapter
+from loraloom.formats.raw_files import find_adapter
 from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
@@ -203,11 +203,6 @@ def _prepare(
     dtype = str(model.dtype).removeprefix("torch.")
     quantization = f", quantized to {options.quantization}" if options.quantization else ""
     print(f"base model: {dtype} on {model.device}{quantization}")
-    directory = options.adapter_dir
-    if directory is not None and not any(directory.glob(f"*/{CONFIG_FILE}")):
-        deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
-        advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""
-        print(f"warning: {directory} contains no adapters yet{advice}")
     rows = f"{limits.max_rows} rows of {engine.max_length:,} tokens"
     print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)
