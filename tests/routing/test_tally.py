@@ -148,28 +148,28 @@ UNUSED = [1200, 1200, 1200, 1200, 1200, 1200, 800, 0]
 COLLAPSED = [4000, 3900, 20, 20, 20, 20, 20, 20]
 
 
-def found(*rows: list[int], top_k: int = 2) -> dict[str, str]:
+def describe(*rows: list[int], top_k: int = 2) -> str | None:
     return find_collapse({(10 + n, None): row for n, row in enumerate(rows)}, top_k)
 
 
 def test_a_balanced_load_and_few_choices_are_nothing_to_speak_of():
-    assert found(EVEN, EVEN) == {}
-    assert found([500, 1900, 700, 900, 1400, 1000, 1500, 100]) == {}
-    assert found([10, 0, 0, 0, 0, 0, 0, 0]) == {}
-    assert found([5000, 0], top_k=2) == {}  # tokens take all experts
+    assert describe(EVEN, EVEN) is None
+    assert describe([500, 1900, 700, 900, 1400, 1000, 1500, 100]) is None
+    assert describe([10, 0, 0, 0, 0, 0, 0, 0]) is None
+    assert describe([5000, 0], top_k=2) is None  # tokens take all experts
 
 
 def test_unused_experts_are_named_with_their_layers():
-    text = found(EVEN, UNUSED)["unused experts"]
-    assert text.startswith("1 of 16 experts are almost unused")
-    assert text.endswith(": layer 11 (expert 7)")
-    assert "below 1 % of an even share" in text
-    assert found(*[UNUSED] * 9)["unused experts"].endswith("layer 13 (expert 7) and 5 more")
-    assert found(UNUSED, EVEN, EVEN) == {}  # a few are common
+    assert describe(EVEN, UNUSED) == (
+        "1 of 16 experts are almost unused (below 2.5 % of an even share): layer 11 (expert 7)"
+    )
+    assert describe(*[UNUSED] * 9).endswith("layer 13 (expert 7) and 5 more")
+    assert describe(UNUSED, EVEN, EVEN) is None  # a few are common
 
 
-def test_collapsed_layers_are_named_with_their_number():
+def test_a_single_layer_whose_tokens_choose_the_same_experts_is_named():
+    text = describe(*[EVEN] * 20, COLLAPSED)
+    assert text.startswith("6 of 168 experts are almost unused")
+    assert text.endswith(": layer 30 (experts 2, 3, 4, 5, 6, 7)")
     routers = {(3, "self_attn.q_proj"): COLLAPSED, (4, "mlp.up_proj"): [900] * 4}
-    text = find_collapse(routers, 2)["collapsed layers"]
-    assert "by their effective number, top_k is 2" in text
-    assert text.endswith(": layer 3 self_attn.q_proj (2.2 of 8)")
+    assert "layer 3 self_attn.q_proj (experts 2" in find_collapse(routers, 2)

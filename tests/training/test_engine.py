@@ -285,10 +285,8 @@ def test_a_collapsed_router_is_told_once_and_kept(tmp_path, monkeypatch):
             if "router" in name:
                 parameter.mul_(0).requires_grad_(False)
     result = engine.run()[0]
-    assert [warning.split(" (")[0] for warning in result.warnings] == [
-        "steps 1 to 2: 12 of 16 experts are almost unused",
-        "steps 1 to 2: layers that send nearly all tokens to the same experts",
-    ]
+    (warning,) = result.warnings
+    assert warning.startswith("steps 1 to 2: 12 of 16 experts are almost unused (")
     lines = [json.loads(x) for x in (tmp_path / "run/a/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "warnings" in line] == [2]
     assert read_result(tmp_path / "run/a").warnings == result.warnings

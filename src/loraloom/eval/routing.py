@@ -177,8 +177,8 @@ class _AdapterTally:
         advice = self.config.collapse_advice
         if self.config.experts_per_token is None or not advice:
             return []
-        faults = tally.find_collapse(totals.choices, self.config.experts_per_token)
-        return [f"{fault}; train again: {advice}" for fault in faults.values()]
+        collapse = tally.find_collapse(totals.choices, self.config.experts_per_token)
+        return [] if collapse is None else [f"{collapse}; train again: {advice}"]
 
 
 def _label(router: RouterName) -> int | str:

@@ -382,7 +382,7 @@ class Engine:
             peak_memory_bytes=peak_memory_bytes(),
             environment=self._environment,
             directory=str(self.directory.job(job.name)),
-            warnings=tuple(job.collapse.warnings.values()),
+            warnings=tuple(job.collapse.warnings),
         )
 
     def _enter(self, job: Job, *, joined_later: bool = False) -> None:

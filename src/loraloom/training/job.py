@@ -362,10 +362,10 @@ class CollapseWatch:
 
     num_steps: int = 0
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
-    def take(self, step: int, chosen: Choices, config: AdapterConfig) -> tuple[str, ...]:
-        """Take a step's choices in; give new warnings, each kind once."""
+    def take(self, step: int, chosen: Choices, config: AdapterConfig) -> Sequence[str]:
+        """Take a step's choices in; give the first warning."""
         if config.experts_per_token is None or not chosen:
             return ()
         self.num_steps += 1
@@ -373,13 +373,11 @@ class CollapseWatch:
         # It takes longer where there are too few tokens to be judged.
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
             return ()
-        collapses = find_collapse(self.tokens_per_expert, config.experts_per_token)
-        new = {
-            kind: f"steps {step - self.num_steps + 1} to {step}: {text}; {config.collapse_advice}"
-            for kind, text in collapses.items()
-            if kind not in self.warnings
-        }
-        self.warnings |= new
+        collapse = find_collapse(self.tokens_per_expert, config.experts_per_token)
+        first_step = step - self.num_steps + 1
         self.num_steps = 0
         self.tokens_per_expert = {}
-        return tuple(new.values())
+        if collapse is None or self.warnings:
+            return ()
+        self.warnings = [f"steps {first_step} to {step}: {collapse}; {config.collapse_advice}"]
+        return self.warnings
