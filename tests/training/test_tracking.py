@@ -1,6 +1,5 @@
 import contextvars
 import os
-import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ from unittest.mock import Mock
 import pytest
 
 from loraloom.training import reporting
-from loraloom.training import settings as training_settings
 from loraloom.training.engine import Engine
 from loraloom.training.reporting import open_tracker
 from tests.training.running import Spoken
@@ -117,33 +115,6 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(fakes, tmp_path, 
     assert (result.status, result.steps) == ("finished", 4)
     (warning,) = [text for text in spoken.messages if text.startswith("warning")]
     assert warning.startswith("warning: job a: trackio cannot log metrics: no route to the host")
-
-
-def test_a_package_brings_a_tracker(tmp_path, monkeypatch):
-    (tmp_path / "notes.py").write_text(
-        "class Notes(list):\n"
-        "    def start(self): self.append('start')\n"
-        "    def log(self, values, step): self.append((step, values))\n"
-        "    def finish(self): self.append('finish')\n\n\n"
-        "def open_notes(directory, first_step, config):\n"
-        "    Notes.last = Notes([directory.name, first_step, config])\n"
-        "    return Notes.last\n"
-    )
-    metadata = tmp_path / "notes-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: notes\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[loraloom.trackers]\nnotes = notes:open_notes\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    tracker = open_hosted("notes", tmp_path, "a")
-    tracker.log({"step": 1, "loss": 0.5, "warnings": []})
-    tracker.close()
-    seen = ["a", 1, {"seed": 7}, "start", (1, {"loss": 0.5}), "finish"]
-    assert sys.modules["notes"].Notes.last == seen
-    settings = runpy.run_path(training_settings.__file__)["RunConfig"]
-    run = {"base_model": "base", "output_dir": "out", "trackers": ["notes"]}
-    assert settings.model_validate(run).trackers == ("notes",)
-    with pytest.raises(ValueError, match="'wandb' or 'notes'"):
-        settings.model_validate({**run, "trackers": ["note"]})
 
 
 def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ routing w, m the j-th in the adapter's routing g; `Up_e,m(x) = c ∘ (W_e x + B_
 and Down alike. A plain LoRA is M = 1 and g = 1, and only DoRA has c.
 
 The frozen products are those of all rows at once, in the order of transformers' default, so that
-rows of the base model are what they are without adapters. An adapter's rows lie by group, so that each of its
-products is one grouped product. The backward pass keeps x, the frozen product W_up x and what lies
-in rank space, computes the elementwise rest again, and puts the frozen down-projection between two
-backward passes of it.
+rows of the base model are what they are without adapters. An adapter's rows lie by group, so that
+each of its products is one grouped product. The backward pass keeps x, the frozen product W_up x
+and what lies in rank space, computes the elementwise rest again, and puts the frozen
+down-projection between two backward passes of it.
 
 Source: transformers 5.24, `integrations/moe.py`, for what a block without adapters computes.
 """

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -37,7 +36,6 @@ from loraloom.errors import plain
 from loraloom.terminal import make_console
 from loraloom.training.job import Job
 from loraloom.training.run_directory import TENSORBOARD_DIRECTORY, RunDirectory
-from loraloom.training.settings import TRACKERS
 
 PLAIN_INTERVAL_S = 60.0
 # Jobs that a line of a log names.
@@ -168,7 +166,7 @@ class Tracker:
 
 
 def open_tracker(
-    name: str, directory: Path, first_step: int, config: Mapping[str, Any]
+    name: TrackerName, directory: Path, first_step: int, config: Mapping[str, Any]
 ) -> MetricsFile | Tracker:
     project = os.environ.get(f"{name.upper()}_PROJECT", "loraloom")
     run: dict[str, Any] = {"name": directory.name, "group": directory.parent.resolve().name}
@@ -187,16 +185,15 @@ def open_tracker(
             tracker = WandBTracker(project, **run)
         case "jsonl":
             return MetricsFile(directory / METRICS_FILE)
-        case _:
-            (entry,) = entry_points(group=TRACKERS, name=name)
-            tracker = entry.load()(directory, first_step, run["config"])
     return Tracker(name, tracker)
 
 
 class Reporter:
     """Logs to trackers and shows how jobs get on; a tracker that fails ends no training."""
 
-    def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: Sequence[str]):
+    def __init__(
+        self, directory: RunDirectory, progress: Progress, tracker_names: Sequence[TrackerName]
+    ):
         self.message, self.flush = progress.message, progress.flush
         self._directory = directory
         self._progress = progress

@@ -7,9 +7,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator
 from typing_extensions import override
@@ -47,12 +46,7 @@ LrScheduler = Literal[
     "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]
 # fmt: on
-TRACKERS = "loraloom.trackers"  # the group of entry points
-if TYPE_CHECKING:
-    TrackerName = str
-else:
-    _further = (entry.name for entry in entry_points(group=TRACKERS))
-    TrackerName = Literal[("jsonl", "tensorboard", "trackio", "wandb", *_further)]
+TrackerName = Literal["jsonl", "tensorboard", "trackio", "wandb"]
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 BASE_REFERENCE = "base"
@@ -348,8 +342,7 @@ class RunConfig(BaseModelConfig):
     memory_limit: ByteSize | None = None
     """Maximum memory of an accelerator to use: bytes or "20GB"; null: all of it."""
     trackers: tuple[TrackerName, ...] = ("jsonl",)
-    """Trackers: `jsonl`, `tensorboard`, `trackio`, `wandb` or those of other packages.
-    metrics.jsonl is always written."""
+    """Trackers: `jsonl`, `tensorboard`, `trackio`, `wandb`. metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = ()
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = None
