@@ -94,6 +94,7 @@ class LoraProjection(Projection):
         return dora_norms(product, squares, self.lora_A, self._all_B(), self.config.scaling)
 
     def _all_B(self) -> Tensor:
+        """B of the update; a subclass may have more than B in it."""
         return self.lora_B
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -55,6 +55,8 @@ def register_method(config: _METHOD) -> _METHOD:
     Raises:
         ConfigError: If the configuration is incomplete, or `method` or `peft_type` is taken.
     """
+    if not isinstance(config.model_fields["method"].default, str):
+        raise ConfigError(f"{config.__name__}.method must have a name as its default, got none")
     for name in ("peft_type", "title", "formula"):
         if not hasattr(config, name):
             raise ConfigError(f"{config.__name__}.{name} must be a string, got none")

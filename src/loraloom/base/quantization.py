@@ -126,10 +126,10 @@ def _from_4_bits(linear: Any) -> Tensor:
     weight = linear.original if isinstance(linear, ParametrizationList) else linear.weight
     # W's rows lie one behind another, each 64 numbers have a scale.
     packed = weight.data.as_subclass(Tensor).view(torch.uint8)
-    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, _scales(linear))
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, _quant_state(linear))
 
 
-def _scales(linear: Any) -> Any:
+def _quant_state(linear: Any) -> Any:
     """A 4-bit weight's scales, shape and block size."""
     if isinstance(linear, ParametrizationList):
         return linear[0].quant_state
@@ -182,8 +182,10 @@ def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
     is_torchao = torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
     if is_torchao and hasattr(weight, "dequantize"):
         return QuantizedWeight(linear, f"torchao {type(weight).__name__}", _dequantized)
-    if isinstance(weight, Tensor) and _is_computed_with(weight) and not is_torchao:
+    is_floating_point = isinstance(weight, Tensor) and _is_computed_with(weight)
+    if is_floating_point and not is_torchao:
         return None
+    # An unknown format; such a layer may have no weight.
     return QuantizedWeight(linear, type(getattr(linear, "weight", linear)).__name__, _probed)
 
 
@@ -192,18 +194,18 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """Find quantized linear layers and stacks, by the paths of the modules that keep them."""
+    """Find quantized linear layers and stacks, by the paths of their modules."""
     weights = {}
     for path, module in model.named_modules():
-        is_kept = is_linear(module) or isinstance(module, ParametrizationList)
-        weight = quantized_weight(module) if is_kept else None
+        has_weight = is_linear(module) or isinstance(module, ParametrizationList)
+        weight = quantized_weight(module) if has_weight else None
         if weight is not None:
             weights[path] = weight
     return weights
 
 
 def name_of_weight(path: str) -> str:
-    """Name the tensor of a checkpoint that a module of `quantized_weights` keeps."""
+    """Name a checkpoint's tensor by a path of `quantized_weights`."""
     experts, is_stack, parameter = path.partition(".parametrizations.")
     return f"{experts}.{parameter}" if is_stack else f"{path}.weight"
 
@@ -212,11 +214,11 @@ def num_parameters(model: nn.Module) -> int:
     """Count a model's weights, quantized ones as the numbers that they stand for."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for weight in quantized_weights(model).values():
-        linear = weight.linear
-        if isinstance(linear, ParametrizationList):
-            counts[id(linear.original)] = _scales(linear).shape.numel()
+        module = weight.linear
+        if isinstance(module, ParametrizationList):
+            counts[id(module.original)] = _quant_state(module).shape.numel()  # before packing
         else:
-            counts[id(getattr(linear, "weight", linear))] = linear.in_features * linear.out_features
+            counts[id(getattr(module, "weight", module))] = module.in_features * module.out_features
     return sum(counts.values())
 
 
@@ -285,7 +287,7 @@ def check_computes(weights: Mapping[str, QuantizedWeight]) -> None:
     for path, weight in weights.items():
         if weight.read is not _from_4_bits:
             continue
-        scales = _scales(weight.linear)
+        scales = _quant_state(weight.linear)
         width = scales.shape[-1]
         if scales.absmax.is_cpu and width % scales.blocksize:
             raise ModelError(

@@ -66,11 +66,12 @@ class CombineOptions(HostOptions):
         elif len(self.adapters) < 2:
             yield f"--adapter must name two adapters or more, got {len(self.adapters)}"
         elif self.by == "prompt":
-            missing = self.adapters.keys() - self.of_adapters("prompts", self.prompts).keys()
+            missing = self.adapters.keys() - self.by_adapter("prompts", self.prompts).keys()
             if missing:
                 yield f"--prompts {min(missing)}=DATA is missing; pass --prompts per adapter"
 
-    def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
+    def by_adapter(self, option: str, texts: Sequence[str]) -> dict[str, str]:
+        """Parse NAME=VALUE texts, one for an adapter at most."""
         pairs = [text.partition("=") for text in texts]
         values = {name: value for name, _, value in pairs}
         if len(values) < len(texts):
@@ -94,8 +95,8 @@ def combine(
     """
     adapters = options.adapters
     console = make_console(soft_wrap=True)
-    prompts = options.of_adapters("prompts", options.prompts)
-    weights = options.of_adapters("weight", options.weight)
+    prompts = options.by_adapter("prompts", options.prompts)
+    weights = options.by_adapter("weight", options.weight)
     try:
         factors = [float(weights.get(name, 1)) for name in adapters]
     except ValueError as error:

@@ -13,7 +13,7 @@ from loraloom.cli.options import Sets
 from loraloom.config.data import SourceConfig
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row
-from loraloom.data.tokens import EncodedRow, text_of_token
+from loraloom.data.tokens import EncodedRow, count_labels, text_of_token
 from loraloom.errors import DataError, plain
 from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training.settings import load_run_config
@@ -50,8 +50,8 @@ def show(
             splits.append((job.data.validation, "validation"))
         for source, split in splits:
             encoder = SourceEncoder(source, tokenizer, job.train.max_length, as_pairs)
-            streams = job.data.streaming and split == "train"
-            limit = rows if streams else None
+            is_streamed = job.data.streaming and split == "train"
+            limit = rows if is_streamed else None
             try:
                 read, encoded = encoder.read(split, limit)
                 name = f"{job.name}: {encoder.name}"
@@ -75,11 +75,12 @@ def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceCon
     num_faulty = sum(bool(row.fault) for row in encoded) - num_empty
     learned = [row.pieces for row in encoded if row.pieces]
     column = (source.fields or {}).get("tools", "tools")
+    num_dropped = len(encoded) - len(learned) - num_empty - num_faulty
     counts = [
         len(encoded),
         num_empty,
         sum(row.is_cut for row in encoded),
-        len(encoded) - len(learned) - num_empty - num_faulty,
+        num_dropped,
         len(learned) - len(set(learned)),
         sum(bool(row.get(column)) for row in rows),
         num_faulty,
@@ -94,7 +95,7 @@ def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) ->
     num_pieces = len(row.pieces)
     for number, piece in enumerate(row.pieces, start=1):
         title = f"{name}, text {number} of {num_pieces}" if num_pieces > 1 else name
-        num_learned = sum(piece.is_learnt)
+        num_learned = count_labels(piece)
         yield f"\n{title}: {len(piece.input_ids)} tokens, {num_learned} in the loss"
         yield from token_lines(tokenizer, piece.input_ids, piece.is_learnt, WIDTH)
 

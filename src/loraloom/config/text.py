@@ -63,7 +63,7 @@ def read_text(path: Path, error: type[LoraloomError] = ConfigError) -> str:
 
 
 def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigError) -> Path:
-    """A path with `~` filled in, that the system can be asked about without an exception."""
+    """Expand `~`; raise an error if the system can't take it as a path. It need not exist."""
     try:
         path = Path(text).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -91,9 +91,10 @@ def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
         return value
     key, *rest = keys
     if isinstance(node, list):
+        if not node:
+            raise ConfigError(f"{origin}: {shown(key)} must be in a list that has items")
         if not (key.isdecimal() and int(key) < len(node)):
-            allowed = f"an index in [0, {len(node) - 1}]" if node else "in a list that has items"
-            raise ConfigError(f"{origin}: {shown(key)} must be {allowed}")
+            raise ConfigError(f"{origin}: {shown(key)} must be an index in [0, {len(node) - 1}]")
         items = list(node)
         items[int(key)] = set_setting(items[int(key)], rest, value, origin)
         return items

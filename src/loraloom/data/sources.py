@@ -97,7 +97,7 @@ def fields_of(row: Mapping[str, Any]) -> str:
 
 
 def fields_of_all(rows: Sequence[Row]) -> Row:
-    """A row with the fields of all rows, and the origin of the first that has no fault."""
+    """Merge rows, one at least, into one with every field, each with its first value."""
     readable = [row for row in rows if not row.fault] or [*rows[:1]]
     fields: dict[str, Any] = {}
     for row in reversed(readable):
@@ -106,7 +106,7 @@ def fields_of_all(rows: Sequence[Row]) -> Row:
 
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
-    """Read a file's rows one after the other; whether it is there is checked at once."""
+    """Yield a file's rows; a missing file raises at the call, not at the first row."""
     path = local_path(path, "a data file", DataError)
     if not path.is_file():
         names = sorted(entry.name for entry in path.parent.glob("*"))

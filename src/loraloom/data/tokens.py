@@ -84,7 +84,7 @@ DROPPED = EncodedRow(pieces=())
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text after the tokens that the tokenizer puts in front, if not there."""
+    """Encode each text; the tokenizer's leading tokens come first, once."""
     if not texts:
         return []
     start = leading_tokens(tokenizer)
@@ -95,7 +95,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair]) -> list[TokenPair]:
-    """Encode each context with its continuation as one text, as lm-eval 0.4.13, and cut between."""
+    """Encode context + continuation as one text, and cut its tokens where the context ends.
+
+    Source: lm-eval 0.4.13, `TemplateLM._encode_pair`.
+    """
     texts = encode_texts(tokenizer, [context + continuation for context, continuation in pairs])
     # most vocabularies have a space in the token of the word after it
     contexts = encode_texts(tokenizer, [context.rstrip() for context, _ in pairs])

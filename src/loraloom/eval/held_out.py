@@ -30,13 +30,16 @@ from loraloom.generation.scoring import example_row
 from loraloom.host.host import Host
 from loraloom.terminal import show_progress
 
-# Loss from which on a perplexity, 4e38, says nothing.
+# exp(89) is beyond float32: a larger loss has no perplexity.
 MAX_EXPONENT = 89
 
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Rows with their indices; long texts are several, pairs a chosen and a rejected in turn."""
+    """Texts of a data set, each in pieces, and the index of its row in the data.
+
+    Of a preference pair, the chosen and the rejected answer are two texts, in turn.
+    """
 
     name: str
     rows: list[list[Example]]
@@ -49,6 +52,7 @@ class HeldOutSet:
 
     @property
     def num_tokens(self) -> list[int]:
+        """Count the tokens of each text that have a loss."""
         return [sum(map(count_labels, examples)) for examples in self.rows]
 
 

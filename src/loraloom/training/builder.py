@@ -1,7 +1,6 @@
 """From a job's settings to an adapter with its data, and what jobs are measured on."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,26 +36,26 @@ Base = tuple[Host, PreTrainedTokenizerBase]
 
 
 class JobData:
-    """Reads the data of jobs; those with the same data and seed (and pace, in streams) share it."""
+    """Reads the data of jobs; those that would get equal sets share one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._sets: OrderedDict[str, tuple[TrainingSet | StreamedSet, PromptForm]] = OrderedDict()
+        self._sets: dict[str, tuple[TrainingSet | StreamedSet, PromptForm]] = {}
         self._questions: dict[str, list[ChoiceQuestion]] = {}
 
     def training_set(self, config: JobConfig) -> tuple[TrainingSet | StreamedSet, PromptForm]:
-        """Return what a job learns from, and how that writes prompts."""
+        """Return a job's training set, and the form in which its data writes prompts."""
         data = config.data
         length = config.train.max_length
         as_pairs = config.train.objective.learns_from_pairs
-        pace = data.streaming and config.train.batch_size
-        key = repr((data, length, config.seed, as_pairs, pace))
+        stream_batch_size = config.train.batch_size if data.streaming else None
+        key = repr((data, length, config.seed, as_pairs, stream_batch_size))
         if key not in self._sets:
             load = StreamedSet if data.streaming else load_training_set
             training_set = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
             self._sets[key] = (training_set, prompt_form(data, self._tokenizer))
             if len(self._sets) > KEPT_TRAINING_SETS:
-                self._sets.popitem(last=False)
+                self._sets.pop(next(iter(self._sets)))  # the oldest
         return self._sets[key]
 
     def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:

@@ -36,6 +36,7 @@ from loraloom.errors import plain
 from loraloom.terminal import make_console
 from loraloom.training.job import Job
 from loraloom.training.run_directory import TENSORBOARD_DIRECTORY, RunDirectory
+from loraloom.training.settings import TrackerName
 
 PLAIN_INTERVAL_S = 60.0
 # Jobs that a line of a log names.
