@@ -124,6 +124,13 @@ def test_a_configuration_that_lacks_something_is_refused():
 
     with pytest.raises(ConfigError, match=r"UntitledConfig\.title must be a string, got none"):
         loraloom.register_method(UntitledConfig)
+    class NamelessConfig(HalfConfig):
+        """A method that no run file could name."""
+
+        method: str
+
+    with pytest.raises(ConfigError, match=r"NamelessConfig\.method must have a name as its"):
+        loraloom.register_method(NamelessConfig)
     with pytest.raises(ConfigError, match=r"ForeignConfig\.layout must be .native., got 'peft'"):
         loraloom.register_method(ForeignConfig)
 

@@ -55,14 +55,14 @@ def register_method(config: _METHOD) -> _METHOD:
     Raises:
         ConfigError: If the configuration is incomplete, or `method` or `peft_type` is taken.
     """
-    if not isinstance(config.model_fields["method"].default, str):
-        raise ConfigError(f"{config.__name__}.method must have a name as its default, got none")
     for name in ("peft_type", "title", "formula"):
         if not hasattr(config, name):
             raise ConfigError(f"{config.__name__}.{name} must be a string, got none")
     if config.layout != "native":
         raise ConfigError(f'{config.__name__}.layout must be "native", got {config.layout!r}')
     name = config.model_fields["method"].default
+    if not isinstance(name, str):
+        raise ConfigError(f"{config.__name__}.method must have a name as its default, got none")
     for existing in list(CONFIGS):
         names = {existing.model_fields["method"].default, *existing.aliases}
         if existing is config or (name not in names and config.peft_type != existing.peft_type):

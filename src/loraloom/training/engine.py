@@ -27,7 +27,7 @@ from loraloom.training.memory import kept_memory
 from loraloom.training.reporting import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.run_directory import RunDirectory
-from loraloom.training.settings import JobConfig, RunConfig
+from loraloom.training.settings import JobConfig, RunConfig, TrackerName
 from loraloom.training.step import batch, fused, objectives
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Engine:
         self._is_checkpoint_due = False
         # Where several ranks train, the first one has files and speaks.
         self._is_first = host.ranks.is_first
-        trackers = ["jsonl", *run.trackers] if self._is_first else []
+        trackers: list[TrackerName] = ["jsonl", *run.trackers] if self._is_first else []
         self._reporter = Reporter(directory, progress, trackers)
         self.interruption = Interruption(self._reporter.message)
         self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, self._reporter.message)
