@@ -26,6 +26,7 @@ from loraloom.training.memory import longest_batch, peak_of_round, predict_memor
 from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.step.batch import MicroBatch
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
+from loraloom.training.step.optimizers import make_scaler
 
 LORA = {"method": "lora", "rank": 16}
 MIXTURE = {"method": "mixlora", "rank": 16, "num_experts": 8, "top_k": 2}
@@ -98,7 +99,7 @@ def make_run(base_model: str, length: int, case: str) -> RunConfig:
 
 def train(host: Host, run: RunConfig, batches: Sequence[MicroBatch]) -> None:
     """Train some steps, and keep a copy of the weights during each, as jobs do."""
-    learners = [Learner(host.adapter(job.name), job.train) for job in run.jobs]
+    learners = [Learner(host.adapter(job.name), job.train, make_scaler(host)) for job in run.jobs]
     copies: list[torch.Tensor] = []
     for _ in range(NUM_STEPS):
         for _ in range(batches[0].window.num_micro_batches):

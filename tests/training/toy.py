@@ -27,7 +27,7 @@ from loraloom.training.reporting import Progress
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step.objectives import load_reference
-from loraloom.training.step.optimizers import make_loss_scale
+from loraloom.training.step.optimizers import make_scaler
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0
@@ -154,7 +154,7 @@ def add_job(
     make = toy_pairs if config.train.objective.learns_from_pairs else toy_examples
     reference = load_reference(host, config.train.objective)
     training_set = training_set or toy_set(seed=config.seed, make=make)
-    learner = Learner(adapter, config.train, make_loss_scale(host))
+    learner = Learner(adapter, config.train, make_scaler(host))
     return Job(config, learner, training_set, reference)
 
 

@@ -36,7 +36,7 @@ from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerCon
 from loraloom.training.step import objectives
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window, rows_of
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
-from loraloom.training.step.optimizers import make_loss_scale
+from loraloom.training.step.optimizers import make_scaler
 
 # From data, and log p of each row's labels, differentiable, to a scalar loss of it, and metrics.
 LossFunction = Callable[
@@ -126,8 +126,8 @@ class TrainingClient:
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         try:
-            loss_scale = make_loss_scale(host)
-            self.learner = Learner(self.adapter, optimizer or OptimizerConfig(), loss_scale)
+            scaler = make_scaler(host)
+            self.learner = Learner(self.adapter, optimizer or OptimizerConfig(), scaler)
         except BaseException:
             if self._added:
                 host.remove(name)
@@ -408,7 +408,7 @@ def _micro_batches(host: Host, request: Request, log_probs: list[Tensor]) -> lis
         Window(0, tuple(request.data), size),
         recorded,
         objectives.load_reference(host, request.objective),
-        loss_scale=1.0 if client is None else client.learner.loss_factor,
+        loss_scale=1.0 if client is None else client.learner.scaler.get_scale(),
     )
     return batch.divided()
 

@@ -119,7 +119,7 @@ class Job:
             self.objective,
             self.reference,
             max_row_length=train.max_length if train.packing else None,
-            loss_scale=self.learner.loss_factor,
+            loss_scale=self.learner.scaler.get_scale(),
             is_last=self.position.micro_step + 1 == window.num_micro_batches,
         )
 
@@ -166,15 +166,14 @@ class Job:
         return self._step_metrics(loss, learning_rate, grad_norm)
 
     def _check_skipped_steps(self) -> None:
-        scale = self.learner.loss_scale
-        assert scale is not None, "only float16 overflows"
-        if scale.scale < 1:
+        scale = self.learner.scaler.get_scale()
+        if scale < 1:
             step = self.position.step + 1
             raise self._error("gradients overflow float16 even without scaling", step)
-        if scale.skipped_steps == self.total_steps:
+        if self.learner.skipped_steps == self.total_steps:
             raise TrainingError(
                 f"job {self.name}: all of its {self.total_steps} steps were skipped, as gradients "
-                f"overflow float16; the last one halved the loss scale to {scale.scale:g}; train "
+                f"overflow float16; the last one halved the loss scale to {scale:g}; train "
                 "longer, or in bfloat16"
             )
 
@@ -192,10 +191,10 @@ class Job:
             "tokens": position.tokens,
             "computed_tokens": position.computed_tokens,
         }
-        scale = self.learner.loss_scale
-        if scale is not None:
-            metrics["loss_scale"] = scale.scale
-            metrics["skipped_steps"] = scale.skipped_steps
+        scaler = self.learner.scaler
+        if scaler.is_enabled():
+            metrics["loss_scale"] = scaler.get_scale()
+            metrics["skipped_steps"] = self.learner.skipped_steps
         if loss.router_entropy is not None:
             metrics["router/entropy"] = loss.router_entropy
             metrics["router/load_cv"] = loss.router_load_cv

@@ -5,26 +5,24 @@ A `Job` is one with data and a schedule, a `TrainingClient` one that its caller 
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
 from loraloom.adapters.contract import Adapter
 from loraloom.training.settings import OptimizerConfig
 from loraloom.training.step import optimizers
-from loraloom.training.step.optimizers import LossScale
 
 
 class Learner:
     """An adapter that is trained; steps are the caller's to count."""
 
-    def __init__(
-        self, adapter: Adapter, config: OptimizerConfig, loss_scale: LossScale | None = None
-    ):
+    def __init__(self, adapter: Adapter, config: OptimizerConfig, scaler: GradScaler):
         self.adapter = adapter
         self.config = config
-        self.loss_scale = loss_scale
+        self.scaler = scaler
+        self.skipped_steps = 0
         parameters = adapter.named_parameters()
         self.parameters = {name: weight for name, weight in parameters if weight.requires_grad}
         self.optimizer = optimizers.build_optimizer(config, adapter)
@@ -44,25 +42,23 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
 
-    @property
-    def loss_factor(self) -> float:
-        """The factor of the loss in a backward pass."""
-        return 1.0 if self.loss_scale is None else self.loss_scale.scale
-
     def clip_gradients(self, max_grad_norm: float | None) -> tuple[float, bool]:
         """Clip the gradients; return their norm before, and whether it overflows float16."""
-        if self.loss_scale is not None:
-            self.loss_scale.unscale(self.parameters.values())
         optimizers.drop_frozen_gradients(self.config, self.adapter)
+        self.scaler.unscale_(self.optimizer)
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
         norm = float(clip_grad_norm_(self.parameters.values(), max_norm))
-        overflows = self.loss_scale is not None and not self.loss_scale.takes(norm)
+        overflows = self.scaler.is_enabled() and not math.isfinite(norm)
+        if overflows:
+            self.scaler.update()
+            self.skipped_steps += 1
         return norm, overflows
 
     def apply(self) -> None:
         """Let the optimizer make a step; each tensor has the learning rate of `lr_ratios`."""
         with optimizers.rates_of_their_own(self.config, self.adapter):
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -74,11 +70,18 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         weights = self.parameters.items()
+        loss_scale = None
+        if self.scaler.is_enabled():
+            loss_scale = {
+                "scale": self.scaler.get_scale(),
+                "sound_steps": self.scaler.state_dict()["_growth_tracker"],
+                "skipped_steps": self.skipped_steps,
+            }
         return {
             "weights": {name: weight.detach() for name, weight in weights},
             "gradients": {name: w.grad for name, w in weights if w.grad is not None},
             "optimizer": self.optimizer.state_dict(),
-            "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
+            "loss_scale": loss_scale,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -89,5 +92,8 @@ class Learner:
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.loss_scale is not None:
-            self.loss_scale = LossScale(**state["loss_scale"])
+        if self.scaler.is_enabled():
+            loss_scale = state["loss_scale"]
+            changes = {"scale": loss_scale["scale"], "_growth_tracker": loss_scale["sound_steps"]}
+            self.scaler.load_state_dict(self.scaler.state_dict() | changes)
+            self.skipped_steps = loss_scale["skipped_steps"]

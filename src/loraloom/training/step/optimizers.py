@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -199,37 +198,8 @@ def build_scheduler(
         )
 
 
-# Steps in a row without an overflow after which the scale is doubled.
-GROWTH_INTERVAL = 2000
-
-
-@dataclass
-class LossScale:
-    """The scale of a job's losses in float16, by the rule and constants of torch.amp.GradScaler."""
-
-    # A power of two, so that it changes no digit.
-    scale: float = 2.0**16
-    # Since the scale was changed.
-    sound_steps: int = 0
-    skipped_steps: int = 0
-
-    def unscale(self, parameters: Iterable[Parameter]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore
-
-    def takes(self, grad_norm: float) -> bool:
-        if not math.isfinite(grad_norm):
-            self.scale /= 2
-            self.sound_steps = 0
-            self.skipped_steps += 1
-            return False
-        self.sound_steps += 1
-        if self.sound_steps == GROWTH_INTERVAL:
-            self.scale *= 2
-            self.sound_steps = 0
-        return True
-
-
-def make_loss_scale(host: Host) -> LossScale | None:
-    return LossScale() if host.dtype == torch.float16 else None
+def make_scaler(host: Host) -> GradScaler:
+    """Make the scaler of an adapter's losses, which does nothing except in float16."""
+    scaler = GradScaler(host.device.type, enabled=host.dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=host.device))  # the first tensor makes its state
+    return scaler
