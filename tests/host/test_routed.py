@@ -101,25 +101,6 @@ def test_a_router_of_tokens_weighs_what_experts_add(experts):
         assert gradcheck(added_by, one.router.detach().clone().requires_grad_())
 
 
-def test_equal_weights_are_constant_forward_and_the_softmaxs_backward():
-    equal, soft = (routed(top_k=2, equal_weights=equal) for equal in (True, False))
-    x, grads = torch.randn(5, 32).double(), []
-    for host in (equal, soft):
-        one = next(iter(host.adapters["auto"].projections()))
-        A, owners = one.compute_A(x.dtype), one.owners
-        z = one.between(x @ A.T, x, SegmentTokens(0))
-        z.sum().backward()
-        grads.append(one.router.grad)
-        if host is equal:
-            for row, found in zip(x, z, strict=True):
-                expected = torch.zeros_like(found)
-                for expert in (one.router @ row).topk(2).indices:
-                    expected += (A @ row) * (owners == expert) / 2
-                torch.testing.assert_close(found, expected)
-    assert grads[0].abs().max() > 0
-    torch.testing.assert_close(*grads)
-
-
 def test_only_routers_learn_in_the_same_steps_as_others():
     host, ids = routed(), tiny_ids(2)
     before = {name: t.clone() for name, t in host.adapters["auto"].tensors().items()}
@@ -446,7 +427,6 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
         ({"experts": NAMES, "rank": 8}, "rank is a setting of the experts, got 8"),
         ({"experts": NAMES, "target_modules": "ffn"}, "target_modules are those of the experts"),
         ({"experts": NAMES, "train_experts": True}, "train_experts must be false"),
-        ({"experts": NAMES, "router": "arrow", "equal_weights": True}, "requires router: token"),
         ({"experts": NAMES, "num_layers_read": 1, "router": "arrow"}, "requires router: prompt"),
     ],
 )

@@ -77,9 +77,6 @@ class RoutedConfig(AdapterConfig):
     """Divisor of the logits before the softmax."""
     train_experts: Adjustable[bool] = False
     """With router: token, whether the experts are trained further too."""
-    equal_weights: bool = False
-    """With router: token, whether chosen experts weigh 1 / top_k each in place of their softmax,
-    as in ReMix, arXiv:2603.10160. What trains the router is the softmax's gradient."""
     num_layers_read: int = Field(default=0, ge=0, le=2**10)
     """Number of decoder layers before the states that a router by prompt reads; 0: embeddings."""
 
@@ -96,8 +93,6 @@ class RoutedConfig(AdapterConfig):
             yield f"top_k must be in [1, {len(self.experts)} experts], got {self.top_k}"
         if self.train_experts and self.router != "token":
             yield f"train_experts must be false with router: {self.router}, which is not trained"
-        if self.equal_weights and (self.router != "token" or self.experts_per_token < 2):
-            yield "equal_weights requires router: token and a top_k of 2 or more"
         if self.router == "prompt" and self.experts_per_token > MAX_MEMBERS:
             yield f"top_k must be at most {MAX_MEMBERS} with router: prompt, got {self.top_k}"
         if self.num_layers_read and self.router != "prompt":
@@ -342,9 +337,6 @@ class RoutedUpdates(SumProjection):
             logits = logits.abs()
         logits = logits / self.config.temperature
         selected, chosen = self._route(logits)
-        if self.config.equal_weights:
-            # ReMix trains its routers by policy gradients; here the backward pass sees the softmax
-            chosen = chosen - chosen.detach() + 1 / self.config.experts_per_token
         tokens.record_routing(logits, selected, chosen, self.path)
         weights = torch.zeros_like(logits).scatter(1, selected, chosen).to(low_rank.dtype)  # (T, E)
         if not self._maps:
