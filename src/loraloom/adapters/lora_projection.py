@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from loraloom.adapters.low_rank import DecomposedConfig, LowRankConfig, initial_A
@@ -33,7 +32,6 @@ class LoraProjection(Projection):
     ):
         super().__init__(base)
         self.config = config
-        self.is_mixture = num_experts is not None
         self._prefixes = [self.key]
         if num_experts is not None:
             self._prefixes = [f"{self.key}.experts.{expert}" for expert in range(num_experts)]
@@ -68,12 +66,10 @@ class LoraProjection(Projection):
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B of all experts times scaling, [S, O]."""
-        if not self.is_mixture:
-            scaled = self._all_B() * self.config.scaling
-            # products with rows that lie apart take a CPU up to twice as long
-            stacked = scaled.transpose(1, 2).flatten(0, 1)  # (S, O)
-            return stacked.to(dtype).contiguous()
-        return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
+        scaled = self._all_B() * self.config.scaling
+        # products with rows that lie apart take a CPU up to twice as long
+        stacked = scaled.transpose(1, 2).flatten(0, 1)  # (S, O)
+        return stacked.to(dtype).contiguous()
 
     def row_scale(self) -> Tensor | None:
         """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [M, O]; of stacks, [G, O]."""
@@ -185,27 +181,3 @@ class StackedLoraProjection(LoraProjection):
             return self._merge_into(weight, expert, num_experts)
         weight[self.kept] = self._merge_into(weight[self.kept], expert, num_experts)
         return weight
-
-
-class _ScaledTranspose(torch.autograd.Function):
-    """B [M, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights."""
-
-    # A plain LoRA's B is small enough for the four calls that this replaces to be faster.
-
-    @staticmethod
-    def forward(ctx, lora_B, scaling, dtype):
-        ctx.scaling = scaling
-        ctx.dtype = lora_B.dtype
-        ctx.rank = lora_B.shape[-1]
-        num_experts, out_features, rank = lora_B.shape
-        scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
-        torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
-        return scaled.flatten(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        experts = grad.unflatten(0, (-1, ctx.rank))  # (M, R, O)
-        grad_B = grad.new_empty(experts.transpose(1, 2).shape, dtype=ctx.dtype)
-        torch.mul(experts.transpose(1, 2), ctx.scaling, out=grad_B)
-        return grad_B, None, None
