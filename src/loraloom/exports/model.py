@@ -253,8 +253,16 @@ class _ExportedModel(ABC):
                 tensors[name] = module.stored(kind, tensors[name])
         # Checkpoints have other names than models, and experts apart.
         stored = revert_weight_conversion(self.built, tensors)
-        assert stored.keys() == {*names}
+        unmatched = stored.keys() ^ {*names}
+        if unmatched:
+            raise self._mismatch(self.architecture, sorted(unmatched))
         return (stored[name] for name in names)
+
+    def _mismatch(self, target: str, parts: Iterable[str]) -> AdapterError:
+        return AdapterError(
+            f"{self.adapter.name!r} on this {self.host.base.model_type} can't be a {target}: only "
+            f"one of them has {', '.join(parts)}; serve the adapter with loraloom instead"
+        )
 
     def _logit_error(self, directory: Path) -> float:
         host = self.host
@@ -381,24 +389,6 @@ TWINS: dict[str, Twin] = {
 class _MoeModel(_ExportedModel):
     """A mixture as a model of the mixture-of-experts class that computes the same."""
 
-    def __init__(self, host: Host, adapter: Adapter):
-        super().__init__(host, adapter)
-        layer = f"{host.base.layers_path}.0"
-        ours = host.model.get_submodule(layer)
-        path = self._gated_block(0).path
-        ffn = ours.get_submodule(path)
-        odd = [f"{path}.{name}" for name, _ in ffn.named_parameters() if "bias" in name]
-        theirs = _tensors_of(self.built.get_submodule(layer), f"{self.twin.block}.")
-        odd += sorted(theirs.keys() ^ self._outside_ffn(0, ours).keys())
-        kinds = getattr(host.config, "layer_types", None) or []
-        if not self.twin.keeps_layer_types and "sliding_attention" in kinds:
-            odd.append("layers with sliding attention")
-        if odd:
-            raise AdapterError(
-                f"a mixture on this {host.base.model_type} can't be a {self.architecture}: only "
-                f"one of them has {', '.join(odd)}; serve the mixture with loraloom instead"
-            )
-
     @property
     def twin(self) -> Twin:
         model_type = self.host.base.model_type
@@ -412,6 +402,9 @@ class _MoeModel(_ExportedModel):
 
     def build(self) -> Any:
         twin = self.twin
+        kinds = getattr(self.host.config, "layer_types", None) or []
+        if not twin.keeps_layer_types and "sliding_attention" in kinds:
+            raise self._mismatch(twin.model_type, ["layers with sliding attention"])
         config = self.host.config.to_dict()
         ffn = self.adapter.as_moe(self._gated_block(0))
         for name in ("architectures", "auto_map", "model_type", "quantization_config"):
