@@ -31,7 +31,6 @@ from loraloom.host.prepared_weights import (
 )
 from loraloom.host.registry import AdapterRegistry
 from loraloom.host.stacked_forward import StackedForward
-from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
 
 
@@ -189,7 +188,6 @@ class Forwards:
         self._registry = registry
         self.model = registry.model
         self._lock = lock
-        self._num_trained = 0
         # The argument for the cache changed its name within transformers 5.
         names = signature(self.model.base_model.forward).parameters
         self.cache_argument = "cache" if "cache" in names else "past_key_values"
@@ -280,11 +278,11 @@ class Forwards:
                 adapter.check_is_trained()
 
     def _sample_keys(self, request: ForwardRequest) -> list[int]:
-        """Return the samples' keys of random numbers; by default they follow from a count."""
-        self._num_trained += 1
+        """Return the samples' keys of random numbers; by default torch's generator draws them."""
         count = request.num_samples
         if request.sample_keys is None:
-            return [int(sample_key(0, self._num_trained, sample)) for sample in range(count)]
+            # Who saves and restores the generator's state goes on with these numbers.
+            return torch.randint(2**62, (count,)).tolist()
         keys = [int(key) for key in request.sample_keys]
         if len(keys) != count:
             samples = "samples" if request.is_packed else "rows"

@@ -280,8 +280,8 @@ class Host:
                 On an accelerator, a mask on the CPU avoids waiting for the device.
             adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
                 base model, or None for the base model. Default: the base model for all rows.
-            sample_keys: Integers that determine each row's dropout in training; by default they
-                follow from the number of forwards so far.
+            sample_keys: Integers that determine each row's dropout in training; by default
+                torch's generator draws them.
             training: Whether this forward uses dropout and jitter.
             **model_inputs: Further inputs of the base model: `past_key_values`, `position_ids`, …
         """

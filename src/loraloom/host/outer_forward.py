@@ -118,8 +118,6 @@ class OuterForward:
         return replace(
             request,
             model_inputs=inputs,
-            # Who saves and restores the state of torch's generator goes on with these numbers.
-            sample_keys=torch.randint(2**62, (len(tokens),)).tolist(),
             training=True,
             checkpointing=host.gradient_checkpointing,
             record={},
