@@ -80,7 +80,7 @@ class ExpertsBlock:
         dropout = adapter.ffn_dropout(block, num_slots, hidden_states.dtype, tokens)
         masks = [mask for mask in dropout.keep_slots if mask is not None]
         return ExpertUpdate(
-            weights=forward.forms.experts(segment.row, block, hidden_states.dtype),
+            weights=forward.forms.ffn(segment.row, block, hidden_states.dtype),
             tokens=places,
             choice=None if routing is None else routing.selected_experts,
             choice_weights=None if routing is None else routing.routing_weights,

@@ -22,8 +22,7 @@ from loraloom.adapters.contract import Adapter, OwnModule
 from loraloom.adapters.low_rank import input_group
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.expert_weights import ExpertWeights, stack_experts
+from loraloom.ops.expert_weights import stack_experts
 from loraloom.ops.low_rank import InputGroup
 from loraloom.ops.stacked import stack_inputs
 from loraloom.routing.record import LayerRouting
@@ -103,12 +102,8 @@ class ComputeForms:
         key = (adapter, scale, block, *names, dtype)
         return self._form(key, lambda: input_group(modules, dtype).scaled(scale))
 
-    def ffn(self, row: ScaledAdapter, block: Block, dtype: torch.dtype) -> FfnWeights:
-        adapter, scale = row
-        key = (adapter, scale, block, dtype)
-        return self._form(key, lambda: adapter.ffn_weights(block, dtype).scaled(scale))
-
-    def experts(self, row: ScaledAdapter, block: Block, dtype: torch.dtype) -> ExpertWeights:
+    def ffn(self, row: ScaledAdapter, block: Block, dtype: torch.dtype) -> Any:
+        """Return the weights on an FFN block, `FfnWeights`, or on experts, `ExpertWeights`."""
         adapter, scale = row
         key = (adapter, scale, block, dtype)
         return self._form(key, lambda: adapter.ffn_weights(block, dtype).scaled(scale))
@@ -149,9 +144,9 @@ class _Stack:
             adapters = [adapter for adapter, _ in rows]
             if not adapters[0].adapts(block):
                 return None
-            if block.num_experts is not None:
-                return stack_experts([self._forms.experts(row, block, self._dtype) for row in rows])
             weights = [self._forms.ffn(row, block, self._dtype) for row in rows]
+            if block.num_experts is not None:
+                return stack_experts(weights)
             return adapters[0].stack_ffn(adapters, block, weights)
         forms = [self._forms.group(row, block, names, self._dtype) for row in rows]
         groups = [form for form in forms if form is not None]  # all have one, or none

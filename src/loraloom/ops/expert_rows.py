@@ -208,7 +208,6 @@ class _AdapterRows:
             groups = choice.clamp_min(0) * num_experts + groups
         groups = groups + entries * num_groups
         self.num_groups = update.num_entries * num_groups
-        self.is_gathered = update.entries is not None
         self.is_adapted = None  # 0 at rows without a LoRA, [Q, 1]
         if is_adapted is not None:
             groups, order = groups.sort(stable=True)
@@ -222,7 +221,8 @@ class _AdapterRows:
         self.local = local
         self.choices = choices
         self.groups = groups
-        self.stops = None if self.is_gathered else group_stops(groups, self.num_groups)
+        # Of several adapters, rows are few, and not sorted by group.
+        self.stops = group_stops(groups, self.num_groups) if update.entries is None else None
         num_slots = 1 if update.choice is None else update.choice.shape[1]
         self.slots = rows.ranks[base_rows] * num_slots + choices  # whose mask a row has
 

@@ -3,12 +3,9 @@
 Axes: Q rows, G groups, I in_features, O out_features.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)  # of torch 2.10 on
+from torch.nn.functional import grouped_mm
 
 
 def grouped_product(
@@ -92,7 +89,7 @@ def _has_kernel(rows: Tensor, weights: Tensor) -> bool:
     """Whether torch has a grouped product for these: rows of whole 16 bytes, and no float64."""
     sizes = (*rows.shape[1:], *weights.shape[1:])
     is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
-    return grouped_mm is not None and rows.dtype != torch.float64 and is_aligned
+    return rows.dtype != torch.float64 and is_aligned
 
 
 def group_stops(groups: Tensor, num_groups: int) -> Tensor:

@@ -141,10 +141,6 @@ class _Block:
     def by_name(self, tensors: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(self.names, tensors, strict=True))
 
-    @property
-    def output_names(self) -> list[str]:
-        return [name for name in self.names if name.startswith("output")]
-
     def scale(self, values: Tensor) -> Tensor:
         """Divide what dropout kept by the probability to be kept."""
         return values if self.dropout_scale == 1 else values * self.dropout_scale
