@@ -124,6 +124,7 @@ def test_a_configuration_that_lacks_something_is_refused():
 
     with pytest.raises(ConfigError, match=r"UntitledConfig\.title must be a string, got none"):
         loraloom.register_method(UntitledConfig)
+
     class NamelessConfig(HalfConfig):
         """A method that no run file could name."""
 
