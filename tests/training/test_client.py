@@ -195,16 +195,12 @@ def test_what_a_call_can_not_use_is_one_error():
     with pytest.raises(TrainingError, match=r"adapter a: optim_step\(\) found no gradients"):
         client.optim_step()
     client.forward_backward(data)
-    lossless = "loss_fn must return a scalar tensor that depends on"
     for call, message in (
         (lambda: client.forward_backward(data, micro_batch_size=0), "micro_batch_size must be 1"),
         (lambda: client.forward_backward(pairs), "sft must be of Example, got PreferencePair"),
         (lambda: client.forward_backward(data, "cpo"), "cpo must be of PreferencePair, got Exam"),
         (lambda: client.forward_backward([]), "adapter a: data must have examples, got none"),
         (lambda: client.forward_backward([example_of([], [])]), "examples, got one without tokens"),
-        (lambda: client.forward_backward_custom(data, lambda _, log_p: (log_p[0], {})), lossless),
-        (lambda: client.forward_backward_custom(data, lambda _, __: (1.0, {})), lossless),
-        (lambda: client.forward_backward_custom(data, lambda _, log_p: sum(log_p[0])), lossless),
         (lambda: client.sample("one"), "prompts must be a list of texts"),
         (lambda: run_requests(client.host, [request] * 2, PAD_ID), "requests must each be of anot"),
         (lambda: TrainingClient(toy_host(), toy_tokenizer(), "a"), "one of those on this host"),

@@ -325,14 +325,8 @@ class _LossFunctionConfig(ObjectiveConfig):
 
     @override
     def terms(self, scored: objectives.ScoredSamples, totals: Any) -> tuple[Any, Mapping[str, Any]]:
-        output = self.loss_fn(self.data, scored.by_sample)
-        match output:
-            case (Tensor(requires_grad=True) as loss, Mapping() as metrics) if loss.numel() == 1:
-                return loss.reshape(()), metrics
-        raise TrainingError(
-            "loss_fn must return a scalar tensor that depends on the log-probabilities, "
-            f"and metrics; got {output!r}"
-        )
+        loss, metrics = self.loss_fn(self.data, scored.by_sample)
+        return loss.reshape(()), metrics
 
 
 def run_requests(

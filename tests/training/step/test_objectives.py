@@ -76,22 +76,6 @@ def test_a_registered_objective_is_one_of_run_files(methods_as_before):
     assert type(RunConfig.model_validate(run_settings("focal")).jobs[0].train.objective) is again
 
 
-@pytest.mark.parametrize("name", ["loss", "weight"])
-def test_a_value_of_an_own_objective_that_is_no_scalar_is_refused(name):
-    class VectorConfig(FocalConfig):
-        """Values that aren't added up."""
-
-        def terms(self, scored, totals):
-            loss, metrics = super().terms(scored, totals)
-            values = {"loss": loss, **metrics, name: scored.log_probs[:3]}
-            return values.pop("loss"), values
-
-    with pytest.raises(
-        ConfigError, match=rf"objective focal: {name} must be a scalar, .* shape \[3\]; return its"
-    ):
-        build_objective(VectorConfig())(scored(), WHOLE)
-
-
 def test_an_objective_without_terms_or_with_a_taken_name_is_refused():
     fields = {"__doc__": "A twin.", "terms": FocalConfig.terms}
     for faulty in (ObjectiveConfig, type("Twin", (SftConfig,), fields)):

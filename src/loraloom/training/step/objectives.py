@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loraloom.data.tokens import Example, TrainingExample, count_labels
-from loraloom.errors import AdapterError, ConfigError
+from loraloom.errors import AdapterError
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
@@ -116,14 +116,7 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
 def _registered_terms(
     config: ObjectiveConfig, scored: ScoredSamples, totals: StepTotals
 ) -> ObjectiveTerms:
-    terms = ObjectiveTerms(*config.terms(scored, totals))
-    for name, value in {"loss": terms.loss, **terms.metrics}.items():
-        if shape := list(torch.as_tensor(value).shape):
-            raise ConfigError(
-                f"objective {config.name}: {name} must be a scalar, got a tensor of shape {shape}; "
-                f"return its sum or mean from {type(config).__name__}.terms"
-            )
-    return terms
+    return ObjectiveTerms(*config.terms(scored, totals))
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
