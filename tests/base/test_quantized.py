@@ -216,6 +216,11 @@ def test_a_quantized_checkpoint_is_loaded_as_it_is(saved, kind, tmp_path):
         loraloom.load_base_model(str(tmp_path), quantization="nf4")
 
 
+def test_a_base_that_is_quantized_again_is_the_one_of_the_adapter(saved, kind, host, tmp_path):
+    host.save("lora", tmp_path)
+    loraloom.attach(load(saved, kind)).load("again", tmp_path)  # without a warning
+
+
 def test_detaching_leaves_the_model_as_it_was(saved, kind):
     model = load(saved, kind)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
