@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,8 +54,8 @@ class ChatExchange(Exchange):
         return self.several(request, max_tokens)
 
     @override
-    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
-        choice = self.chunk(index, answers[index])
+    def choice(self, index: int, answer: Piece) -> dict[str, Any]:
+        choice = self.chunk(index, answer)
         return {"message": {"content": None, **choice.pop("delta")}, **choice}
 
     @override
@@ -127,9 +126,7 @@ class TextExchange(Exchange):
                 scores_prompt=body.echo and body.logprobs is not None,
                 makes_tokens=body.max_tokens > 0,
             )
-            first, *copies = self.several(request, body.max_tokens)
-            requests.append(first)
-            requests += [replace(copy, scores_prompt=False) for copy in copies]
+            requests += self.several(request, body.max_tokens)
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 
@@ -139,19 +136,15 @@ class TextExchange(Exchange):
         return encode_prompt(self.backend.tokenizer, Prompt(prompt), raw=True)[0]
 
     @override
-    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
-        answer = answers[index]
+    def choice(self, index: int, answer: Piece) -> dict[str, Any]:
         if not self.body.echo:
             return self._choice(index, answer, [])
-        number, copy = divmod(index, self.body.n)
+        number = index // self.body.n
         prompt = self.body.prompts[number]
         prompt_ids = self._prompts[number]
         if not isinstance(prompt, str):
             prompt = str(self.backend.tokenizer.decode(prompt_ids))
         answer.text = prompt + answer.text
-        if copy:  # the prompt was scored once
-            scored = answers[index - copy].log_probs
-            answer.log_probs[:0] = scored[: len(prompt_ids) - 1]
         return self._choice(index, answer, prompt_ids[:1])
 
     @override

@@ -168,7 +168,7 @@ class Exchange(ABC):
         """What the engine is asked for, made in pieces by `prepare`."""
 
     @abstractmethod
-    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+    def choice(self, index: int, answer: Piece) -> dict[str, Any]:
         """A whole answer; made in a thread."""
 
     @abstractmethod
@@ -274,8 +274,8 @@ class Exchange(ABC):
             if piece is not None:
                 answers[index].add(piece)
         choices = []
-        for index in range(len(answers)):
-            choices.append(await self.prepare(self.choice, index, answers))
+        for index, finished in enumerate(answers):
+            choices.append(await self.prepare(self.choice, index, finished))
         content = {**frame, "choices": choices, "usage": self.usage()}
         return await self.prepare(JSONResponse, content)
 
