@@ -1,5 +1,7 @@
 import io
+import re
 
+from loraloom import terminal
 from loraloom.terminal import make_console, make_table, print_tables, show_progress
 
 FOREIGN = "[/INST] [bold]x[/bold] :tada: [link=https://a.b]c"
@@ -52,8 +54,29 @@ def progress(**console):
     return stream.getvalue()
 
 
+def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch):
+    assert progress() == ""  # within ten seconds
+    monkeypatch.setattr(terminal, "PLAIN_INTERVAL_S", 0)
+    assert progress().splitlines()[0] == "toy: 50 %"
+    assert progress(quiet=True) == ""
+
+
 def test_progress_disappears_from_a_terminal():
     shown = progress(force_terminal=True)
     assert "toy: 100 %" in shown
     assert shown.endswith("\x1b[2K")  # the line is erased
-    assert progress() == ""  # in a file
+
+
+def test_the_time_left_is_estimated_without_the_first_items(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminal, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    console = make_console(file=stream, width=80)
+    with show_progress(console, "toy", [1] * 1000) as advance:
+        now[0] = 64.0  # of a machine that warms up
+        advance([0])
+        assert stream.getvalue() == "toy: 0 %\n"
+        for index in range(1, 31):
+            now[0] += 0.5
+            advance([index])
+    assert re.findall(r"ETA (\S+)", stream.getvalue()) == ["0:08:10"]  # 980 of half a second

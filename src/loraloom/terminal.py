@@ -8,6 +8,8 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.text import Text
 from loraloom.errors import plain
 
 _FILE_WIDTH = 10_000
+PLAIN_INTERVAL_S = 10.0  # between two lines of progress in a file
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
@@ -44,7 +47,7 @@ def notebook_console() -> Console | None:
 def show_progress(
     console: Console | None, name: str, sizes: Sequence[int]
 ) -> Iterator[Callable[[Sequence[int]], None]]:
-    """Show the share of items done, by their sizes, on a terminal or in a notebook."""
+    """Show the share of items done, by the sizes that are given when done, and the time left."""
     console = console or notebook_console()
     is_live = console is not None and (console.is_terminal or console.is_jupyter)
     bars = Progress(
@@ -55,13 +58,24 @@ def show_progress(
         console=console,
         transient=True,
         disable=not is_live,
+        get_time=monotonic,
         speed_estimate_period=math.inf,
     )
     # the first items take longest: rich estimates the time left by those after them
-    task = bars.add_task(name, total=sum(sizes))
+    bars.add_task(name, total=sum(sizes))
+    task = bars.tasks[0]
+    due_at = monotonic() + PLAIN_INTERVAL_S
 
     def advance(indices: Sequence[int]) -> None:
-        bars.update(task, advance=sum(sizes[index] for index in indices))
+        nonlocal due_at
+        bars.update(task.id, advance=sum(sizes[index] for index in indices))
+        if console is None or is_live or monotonic() < due_at:
+            return
+        due_at = monotonic() + PLAIN_INTERVAL_S
+        line = f"{name}: {task.percentage:.0f} %"
+        if task.time_remaining is not None:
+            line += f", ETA {timedelta(seconds=task.time_remaining)}"
+        console.print(line)
 
     with bars:
         yield advance
