@@ -54,7 +54,7 @@ class LowRankConfig(AdapterConfig):
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        """Make the method's weights on a projection; a method without such overrides `build`."""
+        """Make the weights on one projection; a method that has none overrides `build` instead."""
         raise NotImplementedError
 
 

@@ -27,7 +27,7 @@ HELP = """\
 /quit          quit, as does Ctrl-D; Ctrl-C stops an answer
 A space before a slash sends it as a message."""
 
-# A word after a slash, unlike a path.
+# `/word` is meant as a command; `/usr/bin`, a path, is a message.
 _COMMAND = re.compile(r"/\w+(\s|$)")
 
 
@@ -65,10 +65,10 @@ def chat(
     tell_unknown_prompts(host, tokenizer)
     names = [BASE, *options.names]
     for name in options.derived:
-        host.adapter(name)  # an error if there is none
+        host.adapter(name)  # a sum or an expert: an error now if there is none
     limits = EngineLimits(
         max_rows=1,
-        cache_tokens=default_cache_tokens(host, 2),  # for the turns, and what is kept of them
+        cache_tokens=default_cache_tokens(host, max_rows=2),  # a turn, and what is kept of others
         max_request_s=math.inf,
     )
     conversation = Conversation(Engine(host, tokenizer, limits), tokenizer, options.system)
@@ -76,12 +76,13 @@ def chat(
     print(f"models: {', '.join(names)}; /help for commands")
     while True:
         line = _read_line(f"{model}> ")
-        if line.rstrip() == "/quit":
+        command, _, argument = line.partition(" ")
+        command = command.rstrip()
+        if command == "/quit":
             return
         try:
-            command, *words = line.split() if line.startswith("/") else [""]
             if command == "/adapter":
-                model = _choose_model(host, names, " ".join(words))
+                model = _choose_model(host, names, argument.strip())
             elif command == "/reset":
                 conversation.turns.clear()
             elif command == "/help":

@@ -44,8 +44,8 @@ class TaskDataConfig(StrictModel):
             yield "a task must set either hub or files"
 
 
-# What differs in a scoring: settings as the task has them.
-Differing = dict[
+# A task's settings that one scoring overrides.
+Overrides = dict[
     Literal["choices", "labels", "answer", "answer_is", "continuation", "normalization"], Any
 ]
 
@@ -53,8 +53,8 @@ Differing = dict[
 class TaskConfig(StrictModel):
     """A choice task: its data, and how a row becomes a question.
 
-    A template is Jinja over the row's fields, and `choice_texts` and `choice_labels`. A field may
-    be one inside another: `choices.text`.
+    Templates are Jinja and see the row's fields, `choice_texts` and `choice_labels`. A field's name
+    may lead into another field: `choices.text`.
     """
 
     data: TaskDataConfig | None = None
@@ -64,7 +64,7 @@ class TaskConfig(StrictModel):
     scoring: Scoring = "text"
     """Default scoring: by the choice's label or by its text."""
     template: dict[Scoring, Text]
-    """The prompt; one for each scoring, {label: ..., text: ...}, or one for `scoring` alone."""
+    """The prompt: {label: ..., text: ...}, or a string, which is that of the default `scoring`."""
     choices: Texts
     """The choices' texts: the field that lists them, or a list of templates, one a choice."""
     labels: Texts | None = None
@@ -82,9 +82,9 @@ class TaskConfig(StrictModel):
     """Scoring text: compare log-likelihoods per character (lm-eval's acc_norm), or sums (acc)."""
     group: Text | None = None
     """Field to group results by, for example a topic."""
-    label: Differing = Field(default_factory=dict)
+    label: Overrides = Field(default_factory=dict)
     """Settings that differ if labels are scored."""
-    text: Differing = Field(default_factory=dict)
+    text: Overrides = Field(default_factory=dict)
     """Settings that differ if texts are scored."""
 
     def asked_by(self, scoring: Scoring, origin: str = "") -> TaskConfig:

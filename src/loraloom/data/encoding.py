@@ -155,16 +155,17 @@ class SourceEncoder:
                 read = partial(_read_texts, columns, template)
                 encode = tokens.encode_completion_pairs
             case "preference":
-                read = partial(self._read_chats, self._load_chat_template(first), columns)
+                if self.config.template is not None:
+                    kind = "preferences between messages"
+                    first.reject(f"{kind} do not support template; remove template")
+                read = partial(self._read_preference, self._load_chat_template(), columns)
                 return _encode_each(rows, read, list)
-            case _:
-                read = partial(self._read_chat, self._load_chat_template(first))
+            case _:  # chat
+                read = partial(self._read_chat, self._load_chat_template())
                 return _encode_each(rows, read, list)
         return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
 
-    def _load_chat_template(self, first: Row) -> ChatTemplate:
-        if self.config.template is not None:
-            first.reject("preferences between messages do not support template; remove template")
+    def _load_chat_template(self) -> ChatTemplate:
         template = self.config.chat_template
         return templates.load_chat_template(self.tokenizer, template, TRAINING_DAY)
 
@@ -192,8 +193,13 @@ class SourceEncoder:
             is_cut |= fitted.is_cut or not fitted.pieces
         return EncodedRow(tuple(pieces), is_cut=is_cut and bool(pieces))
 
-    def _read_chats(self, template: ChatTemplate, columns: dict[str, str], row: Row) -> EncodedRow:
-        """Two answers after the prompt's messages, or after the common beginning of both."""
+    def _read_preference(
+        self, template: ChatTemplate, columns: dict[str, str], row: Row
+    ) -> EncodedRow:
+        """Encode the chosen and the rejected answer.
+
+        They follow the messages of `prompt` or, without one, the messages that both share.
+        """
         chosen = _read_answer(row, columns["chosen"])
         rejected = _read_answer(row, columns["rejected"])
         first = tokens.count_shared(chosen, rejected)

@@ -108,7 +108,7 @@ def read_texts() -> list[str]:
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Make words whole, but numbers of digits and names of lands of syllables."""
+    """Make a token of each word, of each digit of a number and each syllable of a land's name."""
     pieces = [*SPECIAL, *string.digits]
     pieces += [f"##{digit}" for digit in string.digits]
     pieces += FIRST_SYLLABLES

@@ -206,15 +206,16 @@ def encode_documents(
         ended = (*ids, eos)
         pieces: list[Example] = []
         # a piece begins with the last token of the one before, so that each is predicted once
-        for start in range(0, max(len(ids), 1), max_length - 1):
-            piece = ended[start : start + max_length]
+        last_start = max(len(ended) - 2, 0)  # one token alone would predict nothing
+        for first in range(0, last_start + 1, max_length - 1):
+            piece = ended[first : first + max_length]
             pieces.append(Example(piece, piece))
         encoded.append(EncodedRow(tuple(pieces), is_cut=len(pieces) > 1))
     return encoded
 
 
 def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
-    """Cut a row from the left, but for `start`, and after the last span of what is learned."""
+    """Drop what follows the last learned span and, if it is too long, tokens behind `start`."""
     # A span that the cut goes through is not learned; a row without room for its last is dropped.
     ids, labels = piece.input_ids, piece.labels
     stop = len(labels)

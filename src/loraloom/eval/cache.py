@@ -78,7 +78,6 @@ class ScoreCache:
             file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
 
     def _id(self, adapter: str | None, tokens: Tokens) -> str:
-        # pairs are scored by the base model too, whether or not it is evaluated
         if adapter not in self._ids:
             digest = None
             if adapter is not None:
@@ -96,9 +95,10 @@ class ScoreCache:
         path = self.directory / FILE_NAME
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as file, file:
-                file.execute(_SCHEMA)
-                yield file
+            # entered twice: to close it, and to commit or roll back
+            with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as connection, connection:
+                connection.execute(_SCHEMA)
+                yield connection
         except (OSError, sqlite3.Error, ValueError) as error:
             raise ConfigError(
                 f"scores cannot be cached in {path}: {error}; delete a damaged file, set "

@@ -87,7 +87,8 @@ def evaluate_loss(
         host: Base model with the adapters.
         tokenizer: Tokenizer of the base model.
         data: Source as under `data:` in a run file, `{"dataset": ..., "format": ...}` or
-            `{"task": ...}`, or results of `load_held_out`. Preference pairs are ranked.
+            `{"task": ...}`, or results of `load_held_out`. Of preference pairs, the accuracy is
+            the share whose chosen answer is more likely.
         adapters: Names of adapters; None is the base model. Default: the base model and all.
         max_length: Longest row in tokens; None for the default of training, or the model's
             maximum if that is less.

@@ -164,12 +164,11 @@ class JobBuilder:
             of_job = torch.cat([next(log_probs) for _ in rows[job.name]])
             scored = objectives.scored_samples(of_job, rows[job.name], job.reference)
             terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
-            # Values that are not finite are left out, as in a step's line, but for these.
-            needed = ("eval/loss", job.selection.metric)
-            loss = {"loss": terms.loss}
-            values = loss | dict(terms.metrics) | loss  # the first, whatever the objective names so
-            for name, value in values.items():
-                if f"eval/{name}" in needed or math.isfinite(value):
+            # What isn't finite is left out, as in a step's line, but for these two.
+            always_told = ("eval/loss", job.selection.metric)
+            others = {name: value for name, value in terms.metrics.items() if name != "loss"}
+            for name, value in {"loss": terms.loss, **others}.items():
+                if f"eval/{name}" in always_told or math.isfinite(value):
                     metrics[job.name][f"eval/{name}"] = float(value)
 
     def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
