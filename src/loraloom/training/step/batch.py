@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loraloom.adapters.contract import Adapter
 from loraloom.data.tokens import Example, TrainingExample, count_labels, first_fit
-from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet
+from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet, examples_digest
+from loraloom.errors import ConfigError
 from loraloom.routing.record import RouterName
 from loraloom.training.settings import TrainConfig
 from loraloom.training.step.objectives import Objective, Reference, StepTotals, count_totals
@@ -138,12 +139,22 @@ class StreamOrder:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         position = self._positions[step]
-        return {"position": asdict(position)}
+        return {"position": asdict(position), "block": self._begun_block(position)}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         position = StreamPosition.of(state["position"])
+        if state["block"] is not None and state["block"] != self._begun_block(position):
+            raise ConfigError(
+                "--resume requires the data of the interrupted run, but the stream has changed; "
+                "restore the data, or pass --overwrite to start again"
+            )
         self._positions = {step: position}
         self.window.cache_clear()
+
+    def _begun_block(self, position: StreamPosition) -> str | None:
+        # At the beginning of a block, it may not have been read yet.
+        read = self.training_set.block
+        return examples_digest(read(position).examples) if position.taken else None
 
 
 @dataclass(frozen=True)
