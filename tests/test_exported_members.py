@@ -11,8 +11,13 @@ import loraloom
 from loraloom import adapters, errors
 
 ROOT = Path(__file__).parent.parent
-INSIDE = ("loraloom.data.skills", "loraloom.eval.harness", "loraloom.base.families")
-"""What needs an extra, generated rows and the table of families have modules of their own."""
+INSIDE = (
+    "loraloom.data.skills",
+    "loraloom.data.tiny_base",
+    "loraloom.eval.harness",
+    "loraloom.base.families",
+)
+"""What needs an extra, generated rows, their base model and the table of families have modules of their own."""
 OF_METHODS = ("loraloom.adapters", "loraloom.routing.routes")
 """What docs/add_a_method.md builds methods of."""
 OF_ROUTERS = (

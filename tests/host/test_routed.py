@@ -353,7 +353,7 @@ ASKED = {  # in rows of a format, and of a router
         {"content": (QUESTION,)},
     ),
     "instruction alone": (
-        {"instruction": "is it", "context": "the sky"},
+        {"instruction": "is it", "input": "the sky"},
         {"content": "is it", "fields": {"input": "the sky"}},
     ),
     "chat with tools": (
