@@ -17,7 +17,7 @@ INSIDE = (
     "loraloom.eval.harness",
     "loraloom.base.families",
 )
-"""What needs an extra, generated rows, their base model and the table of families have modules of their own."""
+"""An extra, generated rows and a base model that knows them, and the table of families."""
 OF_METHODS = ("loraloom.adapters", "loraloom.routing.routes")
 """What docs/add_a_method.md builds methods of."""
 OF_ROUTERS = (
