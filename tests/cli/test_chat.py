@@ -61,6 +61,11 @@ def test_a_line_that_can_not_be_heeded_is_an_error_and_no_end(
     assert message in capsys.readouterr().out
 
 
+def test_quit_ends_whatever_follows(saved, monkeypatch, capsys):
+    assert chat(saved, monkeypatch, "/quit now", "/nothing", "/quit") == 0
+    assert "unknown command" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line", ["/etc/hosts is what?", "/x.txt", "/", " /nothing", " /quit"])
 def test_a_path_or_what_follows_a_space_is_a_message(saved, monkeypatch, capsys, line):
     asked = []
