@@ -48,6 +48,8 @@ LAUNCHERS = {"torchrun", "accelerate"}
 """Programs that start `python -m loraloom` in several processes; here it runs in this one."""
 NOT_OURS = {*"git cd for sed done vllm sudo openssl ln mv cat".split()}
 """Programs whose options are not checked."""
+SETS_VARIABLE = re.compile(r"[A-Z_]+=")
+"""A word before a command that sets a variable for it."""
 ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 """Options that wait for ever, and what ends it."""
 
@@ -169,12 +171,13 @@ def run_commands(block: Example) -> None:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a console block, as words; continued lines are joined, comments left out."""
+    """The commands of a console block, as words, without comments and `NAME=value` before them."""
     for line in text.replace("\\\n", " ").splitlines():
         words: list[str] = []
         for word in [*shlex.split(line, comments=True), "&&"]:
             if word != "&&":
-                words.append(word)
+                if words or not SETS_VARIABLE.match(word):
+                    words.append(word)
             elif words:
                 yield words
                 words = []
