@@ -239,6 +239,17 @@ def test_a_dora_is_that_of_each_experts_weight():
     assert relative_error(ours, expected) < 1e-7
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lora", "dora", "shared-dora", "some-dora"])
+def test_a_scale_is_of_what_an_adapter_does_to_the_weights(name):
+    host = placed_host("qwen3_moe", name)
+    halved = host(IDS, adapters=[(name, 0.5)] * 3).logits
+    for projection in host.adapter(name).projections():
+        base = projection.base
+        base.set_weight((base.weight + projection.merged(torch.float64)) / 2)
+    assert relative_error(halved, host(IDS).logits) < 1e-7
+
+
 def test_shared_outer_factors_are_equal_factors_of_all_experts():
     changes = {"target_modules": ("experts",), "rank": 4, "expert_rank": 4}
     host = tiny_host(

@@ -36,8 +36,11 @@ class ExpertSide(StackedWeights):
         return ExpertSide(self.A.flatten(0, 1), self.B.flatten(0, 1), row_scale)
 
     def scaled(self, scale: float) -> ExpertSide:
-        lora_B, row_scale = scale_update(self.B.flatten(0, 1), self.row_scale, scale)
-        return replace(self, B=lora_B.view_as(self.B), row_scale=row_scale)
+        lora_B = self.B
+        if self.row_scale is not None:  # each expert's own, which a shared B gets too
+            lora_B = lora_B.expand(len(self.row_scale), -1, -1)
+        scaled, row_scale = scale_update(lora_B.flatten(0, 1), self.row_scale, scale)
+        return replace(self, B=scaled.view_as(lora_B), row_scale=row_scale)
 
 
 @dataclass(frozen=True)
