@@ -24,6 +24,7 @@ from loraloom.errors import AdapterError, FormatError, ModelError
 from loraloom.host.expert_choices import busiest_experts, count_choices
 from loraloom.host.host import Host
 from loraloom.host.trial import try_adapters
+from loraloom.training.builder import load_start
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     MOE_TYPES,
@@ -329,6 +330,7 @@ def test_the_busiest_experts_are_counted_by_layer():
     [
         ({}, 4, 2.0),
         ({"expert_rank": 3}, 3, 2.0),
+        ({"expert_rank": 8}, 8, 2.0),
         ({"expert_rank": 4, "rank_stabilized": True}, 4, 16 / 8**0.5),
         ({"rank_pattern": {r"experts\.\w+": 2}}, 2, 8.0),
     ],
@@ -347,6 +349,7 @@ def test_experts_have_a_rank_of_their_own_and_the_scaling_of_the_others(
                 assert projection.config.scaling == pytest.approx(scaling)
     host.add("same", host.adapter("a").config)
     assert host.adapter("same").config == host.adapter("a").config
+    load_start(host, host.adapter("same"), str(tmp_path / "a"))
 
 
 def test_a_merged_adapter_is_the_base_model_with_other_experts(tmp_path):

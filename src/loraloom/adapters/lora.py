@@ -54,7 +54,7 @@ class LoraConfig(DecomposedConfig):
     alpha_pattern: dict[Pattern, _Alpha] = Field(default_factory=dict)
     """Other alphas, by the same kind of expressions."""
 
-    expert_rank: _Rank | None = None
+    expert_rank: Adjustable[_Rank | None] = None
     """Rank on the experts of a base model, in the scaling of `rank`; null: `rank` divided by the
     number of experts that compute a token, so that a token passes as many ranks as elsewhere."""
     shared_outer: bool = False
