@@ -429,15 +429,10 @@ def test_what_cannot_be_there_is_refused_with_what_to_use(config, message):
         host.add("a", config)
 
 
-def test_updates_of_stacks_are_neither_added_up_nor_combined():
-    host = placed_host("qwen3_moe", "lora", "rslora")
-    with pytest.raises(AdapterError, match="with updates of stacked experts"):
-        host(IDS[:1], adapters=["lora:0.5+rslora:0.5"])
-    with pytest.raises(AdapterError, match="which cannot be combined"):
-        host.combine(["lora", "lora"], [0.5, 0.5], name="c")
-    host.add("b", PLACED["beside"])
+def test_an_update_beside_a_block_is_not_merged():
+    host = placed_host("qwen3_moe", "beside")
     with pytest.raises(AdapterError, match="beside a whole block"):
-        host.merge("b")
+        host.merge("beside")
 
 
 def test_routers_of_a_shared_expert_and_of_experts_are_recorded_apart():

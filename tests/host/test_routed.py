@@ -440,7 +440,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
     [
         (["dora", "law"], "arrow", "got weight_decomposition; router: prompt accepts others"),
         (["part", "law"], "token", "got some not on layers.0.mlp.gate_proj"),
-        (["mixlora", "law"], "token", "supports adapters on single projections"),
+        (["mixlora", "law"], "token", "supports adapters without routers"),
         (["whole", "law"], "prompt", "expert 'whole' must be without modules_to_save"),
     ],
 )

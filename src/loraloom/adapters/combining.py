@@ -1,15 +1,21 @@
 """Adapters put into the base model's weights, and several adapters' weights as one adapter's."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
 from loraloom.adapters.extra_modules import refuse_own_parts
-from loraloom.adapters.weighted_sum import concatenate
-from loraloom.base.blocks import BaseProjection
+from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.lora_projection import StackedLoraProjection
+from loraloom.adapters.tensor_names import TensorKey
+from loraloom.base.blocks import BaseLayer, BaseProjection
+from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, ConfigError
 
 
@@ -63,19 +69,104 @@ def check_merges(adapter: Adapter) -> None:
         )
 
 
+# What LoRAs on a base model's experts have where each expert has its own factors.
+_EVERY_EXPERT: dict[str, Any] = {"shared_outer": False, "base_experts": None}
+
+
+@torch.no_grad()
 def combine(
     adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Write the weighted sum of LoRAs down as one LoRA."""
+    """Write the weighted sum of LoRAs down as one LoRA, with their A and B behind one another."""
     if not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ConfigError(
             f"weights must be a finite number for each of the adapters, at least one, "
             f"got {list(weights)} for {len(adapters)}"
         )
+    configs = [_lora_config(adapter) for adapter in adapters]
+    on_experts = _settings_on_experts(adapters)
+    matrices = defaultdict[str, list[Tensor]](list)
+    for adapter, config, weight in zip(adapters, configs, weights, strict=True):
+        tensors = adapter.tensors()
+        if on_experts == _EVERY_EXPERT:
+            tensors |= _tensors_of_every_expert(adapter)
+        for name, tensor in tensors.items():
+            key = TensorKey.parse(name)
+            assert key is not None  # as all of a LoRA's are
+            strength = 1.0
+            if key.part == "lora_B":
+                strength = weight * config.scaling_of(key)
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            matrices[name].append(tensor.to(wide) * strength)
+    concatenated: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, parts in matrices.items():
+        if name.endswith(".lora_B"):
+            concatenated[name] = torch.cat(parts, -1)
+        else:
+            concatenated[name] = torch.cat(parts, -2)
+            ranks[name.removesuffix(".lora_A")] = concatenated[name].shape[-2]
+    settings = configs[0].model_dump(exclude_unset=True) | on_experts
+    return _combined_config(settings, ranks, adapters[0].base_layers), concatenated
+
+
+def _lora_config(adapter: Adapter) -> LoraConfig:
+    config = adapter.config
+    if type(config) is not LoraConfig or config.weight_decomposition:
+        raise AdapterError(f"adapters to combine must be LoRAs, got {config.title}")
+    refuse_own_parts(config, "an adapter", "be combined")
+    return config
+
+
+def _settings_on_experts(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return which experts have factors, if that is the same in all LoRAs on experts."""
+    settings = []
     for adapter in adapters:
         if adapter.adapts_stacks:
-            raise AdapterError(
-                f"adapter {adapter.name!r} has updates of stacked experts, which cannot be "
-                "combined; choose it for each row: (name, scale)"
-            )
-    return concatenate([(adapter.config, adapter.tensors()) for adapter in adapters], weights)
+            settings.append({name: getattr(adapter.config, name) for name in _EVERY_EXPERT})
+    is_same = all(each == settings[0] for each in settings)
+    return settings[0] if settings and is_same else _EVERY_EXPERT
+
+
+def _tensors_of_every_expert(adapter: Adapter) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for projection in adapter.projections():
+        if isinstance(projection, StackedLoraProjection):
+            for name, tensor in projection.tensors():
+                tensors[name] = projection.of_each_expert(tensor)
+    return tensors
+
+
+def _combined_config(
+    settings: dict[str, Any], ranks: Mapping[str, int], base_layers: Sequence[BaseLayer]
+) -> LoraConfig:
+    """Describe a LoRA with these ranks and the scale 1, by the first one's other settings."""
+    rank = max(ranks.values())
+    settings |= {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
+    settings |= {"rank_pattern": {}, "alpha_pattern": {}, "expert_rank": None}
+    config = checked(LoraConfig, settings)
+    if {base.key for base in config.adapted(base_layers)} != ranks.keys():
+        targets = _targets(ranks.keys(), base_layers)
+        config = config.model_copy(update={"target_modules": targets, "layers": None})
+    adapted = config.adapted(base_layers)
+    on_experts = [ranks[base.key] for base in adapted if base.num_experts is not None]
+    if on_experts:
+        config = config.model_copy(update={"expert_rank": max(on_experts)}).fitted(base_layers)
+    others = {key: size for key, size in ranks.items() if size != config.at(key).rank}
+    patterns = {re.escape(key): size for key, size in others.items()}
+    alphas = {pattern: float(size) for pattern, size in patterns.items()}
+    return config.model_copy(
+        update={
+            "rank_pattern": patterns | config.rank_pattern,
+            "alpha_pattern": alphas | config.alpha_pattern,
+        }
+    )
+
+
+def _targets(keys: Set[str], base_layers: Sequence[BaseLayer]) -> tuple[str, ...]:
+    """Name projections by the last words of their keys, unless others have such names too."""
+    names = tuple(dict.fromkeys(key.rpartition(".")[2] for key in keys))
+    named = LoraConfig(target_modules=names).adapted(base_layers)
+    if {base.key for base in named} == keys:
+        return names
+    return tuple(keys)

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from loraloom.adapters.low_rank import DecomposedConfig, LowRankConfig, initial_A
 from loraloom.adapters.projection import Projection
 from loraloom.base.blocks import BaseProjection
-from loraloom.ops.expert_weights import ExpertSide
 from loraloom.ops.low_rank import dora_norms
 
 
@@ -164,15 +162,13 @@ class StackedLoraProjection(LoraProjection):
                 norms += dora_norms(products[expert], square, expert_A, expert_B, scaling)
         return torch.stack(norms)
 
-    def side(self, dtype: torch.dtype) -> ExpertSide:
-        # Grouped products are one kernel where a rank is as long as whole 16 bytes.
-        missing = -self.config.rank % (16 // dtype.itemsize)
-        lora_A = self.compute_A(dtype)
-        lora_B = self.compute_B(dtype)
-        if missing:
-            lora_A = pad(lora_A, (0, 0, 0, missing))
-            lora_B = pad(lora_B.mT, (0, missing)).mT
-        return ExpertSide(lora_A, lora_B, self.row_scale())
+    def of_each_expert(self, values: Tensor, blank: float = 0.0) -> Tensor:
+        """Give each of the base's experts what it has in [H, …], or what all share in [1, …]."""
+        num_experts = self.base.num_experts or 1
+        if self.kept is None:
+            return values.expand(num_experts, *values.shape[1:])
+        of_all = values.new_full((num_experts, *values.shape[1:]), blank)
+        return of_all.index_copy(0, self.kept, values.expand(len(self.kept), *values.shape[1:]))
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjustable, Projection
 from loraloom.adapters.segment import FfnRows, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
-from loraloom.ops.expert_weights import ExpertWeights
+from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -189,12 +190,23 @@ def _expert_weights(
     places = num_adapted = None
     for (name,) in block.groups:
         projection: Any = projections.get(name)
-        sides.append(None if projection is None else projection.side(dtype))
+        sides.append(None if projection is None else _expert_side(projection, dtype))
         if projection is not None and projection.kept is not None:
             places = projection.places
             num_adapted = len(projection.kept)
     up, down = sides
     return ExpertWeights(up, down, num_choices, places, num_adapted)
+
+
+def _expert_side(projection: Projection, dtype: torch.dtype) -> ExpertSide:
+    lora_A = projection.compute_A(dtype)
+    lora_B = projection.compute_B(dtype)
+    # Grouped products are one kernel where a rank is as long as whole 16 bytes.
+    missing = -lora_A.shape[1] % (16 // dtype.itemsize)
+    if missing:
+        lora_A = pad(lora_A, (0, 0, 0, missing))
+        lora_B = pad(lora_B.mT, (0, missing)).mT
+    return ExpertSide(lora_A, lora_B, projection.row_scale())
 
 
 def initial_A(

@@ -1,32 +1,30 @@
 """Weighted sums of adapters, made for the rows that ask for them.
 
-Axes: T tokens, I in_features, O out_features, P columns of the A product, S rows of B.
+Axes: T tokens, I in_features, O out_features, P columns of the A product, S rows of B, E experts of
+a base model whose weights are one tensor.
 
 With weights w, an adapted projection computes, for LoRAs as PEFT's several active adapters do:
 
     y = Wx + b + Σ_i w_i ((c_i - 1) ∘ Wx + c_i ∘ between_i(A_i x) B_i)
 
 where c_i is DoRA's factor, or 1. That is one adapter whose A and B are those of all, behind one
-another: its factor is c = 1 + Σ_i w_i (c_i - 1), and B_i becomes w_i c_i / c ∘ B_i.
+another: its factor is c = 1 + Σ_i w_i (c_i - 1), and B_i becomes w_i c_i / c ∘ B_i. On the experts
+of a base model, each has its own: [E, S, I], [E, S, O] and [E, O].
 """
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
-from loraloom.adapters.extra_modules import refuse_own_parts
-from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.contract import Adapter, Projection
+from loraloom.adapters.lora_projection import StackedLoraProjection
 from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.segment import SegmentTokens
-from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer
-from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, shown
 
 # Adapters, by name, and the factors of what they add.
@@ -96,6 +94,8 @@ class WeightedSum(LowRankAdapter):
 class SumProjection(Projection):
     """What several adapters have on a projection, each with a weight."""
 
+    kept = None  # on a base model's experts, all have factors
+
     def __init__(self, updates: Sequence[tuple[Projection, float]]):
         super().__init__(updates[0][0].base)
         # Tuples, which torch doesn't look into: the members have these weights.
@@ -112,22 +112,44 @@ class SumProjection(Projection):
         return sum(self._num_columns)
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([update.compute_A(dtype) for update in self.updates])
+        matrices = [update.compute_A(dtype) for update in self.updates]
+        return torch.cat(self._by_expert(matrices), -2)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        scales = [update.row_scale() for update in self.updates]
+        scales = self._scales()
         factor = self._combine_scales(scales)
         wide = torch.promote_types(dtype, torch.float32)
-        matrices = list[Tensor]()
-        for update, weight, scale in zip(self.updates, self.weights, scales, strict=True):
+        matrices = self._by_expert([update.compute_B(wide) for update in self.updates])
+        weighted = list[Tensor]()
+        for lora_B, weight, scale in zip(matrices, self.weights, scales, strict=True):
             strength: Any = weight if scale is None else weight * scale
             if factor is not None:
                 strength = strength / factor
-            matrices.append((update.compute_B(wide) * strength).to(dtype))
-        return torch.cat(matrices)
+            weighted.append((lora_B * strength).to(dtype))
+        return torch.cat(weighted, -2)
 
     def row_scale(self) -> Tensor | None:
-        return self._combine_scales([update.row_scale() for update in self.updates])
+        factor = self._combine_scales(self._scales())
+        return None if factor is None else factor.flatten(0, -2)
+
+    def _by_expert(self, matrices: list[Tensor]) -> list[Tensor]:
+        """On a base model's experts, give each its matrices, unless all share all of them."""
+        stacks = [update for update in self.updates if isinstance(update, StackedLoraProjection)]
+        is_shared = all(len(matrix) == 1 for matrix in matrices)
+        if not stacks or (is_shared and all(stack.kept is None for stack in stacks)):
+            return matrices
+        pairs = zip(stacks, matrices, strict=True)
+        return [stack.of_each_expert(matrix) for stack, matrix in pairs]
+
+    def _scales(self) -> list[Tensor | None]:
+        """The updates' factors c in B's axes, [1, O], or [E, 1, O] of a base model's experts."""
+        scales = list[Tensor | None]()
+        for update in self.updates:
+            scale = update.row_scale()
+            if scale is not None and isinstance(update, StackedLoraProjection):
+                scale = update.of_each_expert(scale, blank=1.0).unsqueeze(1)
+            scales.append(scale)
+        return scales
 
     def _combine_scales(self, scales: Sequence[Tensor | None]) -> Tensor | None:
         excess = [
@@ -141,7 +163,7 @@ class SumProjection(Projection):
         # Updates are divided by it, and rounded; see scale_update.
         dtype: Any = torch.bfloat16
         if self.base.quantized is None:
-            dtype = self.base.linear.weight.dtype
+            dtype = self.base.stored.dtype
         least = torch.finfo(dtype).eps ** 0.5
         return torch.where(factor.abs() < least, least, factor)
 
@@ -193,8 +215,6 @@ def check_adds_up(member: Adapter) -> None:
         obstacle = "experts"
     elif not computes:
         obstacle = "a separate FFN block"
-    elif member.adapts_stacks:
-        obstacle = "updates of stacked experts"
     else:
         return
     hint = "scale it alone: (name, scale)"
@@ -202,64 +222,6 @@ def check_adds_up(member: Adapter) -> None:
         names = ", ".join(f"{member.name}/{name}" for name in member.members)
         hint = f"use its experts, {names}"
     raise AdapterError(
-        "a sum supports adapters on single projections, without routers and extra trainable "
-        f"modules, got {member.name!r} ({member.config.title}) with {obstacle}; {hint}"
+        "a sum supports adapters without routers and extra trainable modules, got "
+        f"{member.name!r} ({member.config.title}) with {obstacle}; {hint}"
     )
-
-
-@torch.no_grad()
-def concatenate(
-    sources: Sequence[tuple[AdapterConfig, Mapping[str, Tensor]]], weights: Sequence[float]
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Put LoRAs' A and B behind one another, which adds their updates up exactly."""
-    matrices = defaultdict[str, list[Tensor]](list)
-    for (config, tensors), weight in zip(sources, weights, strict=True):
-        check_is_lora(config, "adapters to combine must be LoRAs")
-        refuse_own_parts(config, "an adapter", "be combined")
-        for name, tensor in tensors.items():
-            key = TensorKey.parse(name)
-            assert key is not None  # as all of a LoRA's are
-            strength = 1.0
-            if key.part == "lora_B":
-                strength = weight * config.scaling_of(key)
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            matrices[name].append(tensor.to(wide) * strength)
-    concatenated: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, parts in matrices.items():
-        if name.endswith(".lora_B"):
-            concatenated[name] = torch.cat(parts, 1)
-        else:
-            concatenated[name] = torch.cat(parts, 0)
-            ranks[name.removesuffix(".lora_A")] = len(concatenated[name])
-    rank = max(ranks.values())
-    patterns = {re.escape(key): size for key, size in ranks.items() if size != rank}
-    settings: dict[str, Any] = {
-        "rank": rank,
-        "alpha": float(rank),
-        "rank_stabilized": False,
-        "rank_pattern": patterns,
-        "alpha_pattern": {pattern: float(size) for pattern, size in patterns.items()},
-    }
-    if any(source.keys() != concatenated.keys() for _, source in sources):
-        settings["target_modules"] = _all_targets(sources, list(ranks))
-        settings["layers"] = None
-    first = sources[0][0].model_dump(exclude_unset=True)
-    return checked(LoraConfig, first | settings), concatenated
-
-
-def _all_targets(
-    sources: Sequence[tuple[AdapterConfig, Mapping[str, Tensor]]], keys: Sequence[str]
-) -> list[str]:
-    """Name the projections that any of several LoRAs adapts, one by one if need be."""
-    configs = [config for config, _ in sources if isinstance(config, LoraConfig)]
-    for config in configs:
-        has_paths = any("." in target for target in config.target_modules)
-        if has_paths or config.layers is not None:
-            return list(keys)
-    return list(dict.fromkeys(key.rpartition(".")[2] for key in keys))
-
-
-def check_is_lora(config: AdapterConfig, reason: str) -> None:
-    if type(config) is not LoraConfig or config.weight_decomposition:
-        raise AdapterError(f"{reason}, got {config.title}")

@@ -361,7 +361,7 @@ def test_a_sum_of_adapters_answers_and_lets_them_go(client, host, tokenizer, mon
         text = answer.choices[0].message.content
         assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == [text]
     messages = {
-        "lora+mixlora": "supports adapters on single projections",
+        "lora+mixlora": "supports adapters without routers",
         "lora+lora": "of 1 to 16 different ones",
     }
     for model, message in messages.items():

@@ -304,6 +304,8 @@ class RoutedUpdates(SumProjection):
     def _check_can_be_weighed(self) -> None:
         if len(self.updates) < len(self.config.experts):
             variant = f"some not on {self.key}"
+        elif self.base.num_experts is not None:
+            variant = f"updates of a base model's experts, {self.key}"
         elif self._maps and self._is_arrow:
             variant = "updates that are not BA"
         elif any(update.row_scale() is not None for update in self.updates):
