@@ -52,8 +52,14 @@ def test_factors_that_experts_share_are_each_ones(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm"])
-def test_experts_without_a_lora_have_zeros_in_other_programs_files(to, tmp_path):
-    config = LoraConfig(rank=2, base_experts={0: (3, 1), 1: (0,)}, target_modules=("experts",))
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_experts_without_a_lora_have_zeros_in_other_programs_files(to, is_shared, tmp_path):
+    config = LoraConfig(
+        rank=2,
+        base_experts={0: (3, 1), 1: (0,)},
+        shared_outer=is_shared,
+        target_modules=("experts",),
+    )
     host = tiny_host("qwen3_moe", {"a": config}, torch.float32)
     host.save("a", tmp_path / "a")
     convert(tmp_path / "a", tmp_path / to, to, host=host)

@@ -126,13 +126,11 @@ def with_all_experts(
         key = TensorKey.parse(name)
         assert key is not None
         block = blocks[key.place.rpartition(".")[0]]
-        experts = config.experts_in(block)
-        if block.num_experts is not None and len(tensor) == 1 and config.shared_outer:
-            tensor = tensor.expand(block.num_experts, -1, -1)
-        elif block.num_experts is not None and experts is not None:
-            factors = tensor
-            tensor = factors.new_zeros(block.num_experts, *factors.shape[1:])
-            tensor[list(experts)] = factors
+        if block.num_experts is not None:
+            of_all = tensor.new_zeros(block.num_experts, *tensor.shape[1:])
+            experts = config.experts_in(block)
+            of_all[slice(None) if experts is None else list(experts)] = tensor
+            tensor = of_all
         expanded[name] = tensor
     return config.model_copy(update={"shared_outer": False, "base_experts": None}), expanded
 
