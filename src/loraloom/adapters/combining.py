@@ -98,16 +98,12 @@ def combine(
                 strength = weight * config.scaling_of(key)
             wide = torch.promote_types(tensor.dtype, torch.float32)
             matrices[name].append(tensor.to(wide) * strength)
-    concatenated: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, parts in matrices.items():
-        if name.endswith(".lora_B"):
-            concatenated[name] = torch.cat(parts, -1)
-        else:
-            concatenated[name] = torch.cat(parts, -2)
-            ranks[name.removesuffix(".lora_A")] = concatenated[name].shape[-2]
+    combined: dict[str, Tensor] = {}
+    for name, terms in matrices.items():
+        rank_axis = -1 if name.endswith(".lora_B") else -2
+        combined[name] = torch.cat(terms, rank_axis)
     settings = configs[0].model_dump(exclude_unset=True) | on_experts
-    return _combined_config(settings, ranks, adapters[0].base_layers), concatenated
+    return _combined_config(settings, combined, adapters[0].base_layers), combined
 
 
 def _lora_config(adapter: Adapter) -> LoraConfig:
@@ -138,9 +134,13 @@ def _tensors_of_every_expert(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _combined_config(
-    settings: dict[str, Any], ranks: Mapping[str, int], base_layers: Sequence[BaseLayer]
+    settings: dict[str, Any], tensors: Mapping[str, Tensor], base_layers: Sequence[BaseLayer]
 ) -> LoraConfig:
-    """Describe a LoRA with these ranks and the scale 1, by the first one's other settings."""
+    """Describe a LoRA with these tensors and the scale 1, by the first one's other settings."""
+    ranks: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A"):
+            ranks[name.removesuffix(".lora_A")] = tensor.shape[-2]
     rank = max(ranks.values())
     settings |= {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
     settings |= {"rank_pattern": {}, "alpha_pattern": {}, "expert_rank": None}
