@@ -72,8 +72,8 @@ def train_on(workers: int, run: dict[str, Any]) -> list[JobResult]:
 
 
 def kill_a_worker(output_dir: Path, killed: list[int]) -> None:
-    """Kill one of Ray's workers as soon as some job has its third snapshot."""
-    while not any(output_dir.glob(".checkpoints/jobs/*/snapshot-000004")):
+    """Kill one of Ray's workers as soon as some worker has its fourth snapshot."""
+    while not any(output_dir.glob(".checkpoints/worker-*/snapshot-00000[4-9]")):
         time.sleep(0.05)
     for process in psutil.Process().children(recursive=True):
         if "ray::train_share" in " ".join(process.cmdline()):

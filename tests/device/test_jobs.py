@@ -46,7 +46,7 @@ def test_a_run_trains_evaluates_and_resumes_as_on_the_cpu(accelerator, tmp_path)
         for _ in range(2):
             first.step()
         first.save_state()
-        checkpoint, _ = RunDirectory(directory).newest_checkpoint(names)
+        checkpoint, _ = RunDirectory(directory).checkpoints.newest()
         second = engine_on(device, directory, names)
         second.begin(checkpoint)
         results = second.run()

@@ -121,7 +121,8 @@ def resumed(
     """Set up the jobs of a run that go on, where its newest snapshot has them."""
     snapshot, faults = CheckpointStore(directory / ".checkpoints").newest()
     assert faults == []
-    configs = [config for config in configs if config.name not in snapshot.done]
+    done = {name for name, record in snapshot.jobs.items() if record.result is not None}
+    configs = [config for config in configs if config.name not in done]
     engine = toy_engine(directory, configs, sets, **options)
     engine.begin(snapshot)
     return engine

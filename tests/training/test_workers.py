@@ -137,6 +137,18 @@ def test_a_sweep_that_is_resumed_has_all_results_and_its_own_settings(
     assert [(one.job, one.steps) for one in results] == [("plain-000-1", 4), ("plain-001-2", 4)]
 
 
+def test_jobs_are_resumed_by_the_worker_that_began_them(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "connected", lambda _: nullcontext(PlayedRay("")))
+    run = run_settings(inputs, tmp_path / "out")
+    results = loraloom.train(run, ray="auto", ray_workers=2)
+    with pytest.raises(ConfigError, match=r"got 1 workers, but .*-1-of-2"):
+        loraloom.train(run, ray="auto", ray_workers=1, resume=True)
+    assert loraloom.train(run, ray="auto", ray_workers=2, resume=True) == results
+    run["jobs"].reverse()
+    with pytest.raises(ConfigError, match="restore the order of jobs"):
+        loraloom.train(run, ray="auto", ray_workers=2, resume=True)
+
+
 class BusyRay(PlayedRay):
     """A cluster whose cores are busy for some minutes; `minutes` is the clock."""
 

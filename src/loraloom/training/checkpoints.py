@@ -60,10 +60,6 @@ class Checkpoint:
     files: dict[str, Path] = field(default_factory=dict)  # of the jobs, where it was read
     __pydantic_config__ = _CHECKED
 
-    @property
-    def done(self) -> set[str]:
-        return {name for name, record in self.jobs.items() if record.result is not None}
-
     def load_state(self, job: str) -> dict[str, Any] | None:
         if self.jobs[job].sha256 is None:
             return None

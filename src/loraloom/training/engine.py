@@ -104,17 +104,8 @@ class Engine:
                 self.interruption.end()
         return list(self.results.values())
 
-    def recall(self, name: str) -> bool:
-        """Take over the result of a job that has ended on a worker that was lost since."""
-        checkpoint = self._checkpoint_of_job(name)
-        if checkpoint is None or checkpoint.jobs[name].result is None:
-            return False
-        self._records[name] = checkpoint.jobs[name]
-        return True
-
     def add(self, job: Job, *, overwrite: bool = False) -> None:
-        """Let a job join, from its newest checkpoint where each job has its own."""
-        checkpoint = self._checkpoint_of_job(job.name)
+        """Let a job join."""
         try:
             # What fails on one rank, the first one's files for example, fails on all.
             with self.host.ranks.together():
@@ -122,12 +113,7 @@ class Engine:
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
                 # Another job with the same reference may have ended since this job was built.
                 objectives.load_reference(self.host, job.config.train.objective)
-                if checkpoint is not None:
-                    base = checkpoints.describe_base(self.host, checkpoint.base)
-                    checkpoints.check_same_run(checkpoint, [job.config], base)
-                    self._check_inputs(checkpoint, [job])
-                    self._resume(job, checkpoint)
-                elif self._is_first:
+                if self._is_first:
                     self.directory.check_sources([job.config], self.jobs)
                     self.directory.prepare_job(job.name, overwrite=overwrite)
         except Exception:
@@ -240,7 +226,7 @@ class Engine:
         with self.host.ranks.together():
             if self._is_first:
                 keep = self._run.keep_snapshots if states else 1
-                self.directory.write_checkpoint(self._checkpoint(), states, keep=keep)
+                self.directory.checkpoints.write(self._checkpoint(), states, keep=keep)
         self._is_checkpoint_due = False
 
     def _checkpoint(self) -> checkpoints.Checkpoint:
@@ -269,7 +255,7 @@ class Engine:
             return self.save_state()
         self._reporter.message(f"resuming after {checkpoint.round} steps")
         saved = checkpoint.jobs
-        self._check_inputs(checkpoint, list(self.jobs.values()))
+        self._check_inputs(checkpoint)
         self.round = checkpoint.round
         self._runner.max_tokens = checkpoint.max_tokens
         self._runner.max_alone = checkpoint.max_alone
@@ -286,15 +272,9 @@ class Engine:
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 
-    def _checkpoint_of_job(self, name: str) -> checkpoints.Checkpoint | None:
-        if not self.directory.by_job:
-            return None
-        checkpoint, _ = self.directory.newest_checkpoint([name])
-        return checkpoint
-
-    def _check_inputs(self, checkpoint: checkpoints.Checkpoint, jobs: Sequence[Job]) -> None:
+    def _check_inputs(self, checkpoint: checkpoints.Checkpoint) -> None:
         changed = []
-        for job in jobs:
+        for job in self.jobs.values():
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
             for name, digest in self.builder.input_digests(job).items():
                 if saved.get(name, digest) != digest:
@@ -410,7 +390,7 @@ def set_up(
     saved: dict[str, checkpoints.JobRecord] = {}
     lines: list[str] = []
     if resume:
-        checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
+        checkpoint, lines = directory.checkpoints.newest()
         if checkpoint is not None:
             described = checkpoints.describe_base(host, checkpoint.base)
             checkpoints.check_same_run(checkpoint, run.all_jobs, described)

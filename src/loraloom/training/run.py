@@ -90,7 +90,7 @@ def train(
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
-    directory = RunDirectory(run.output_dir, by_job=ray is not None)
+    directory = RunDirectory(run.output_dir, with_ray=ray is not None)
     directory.check_sources(run.all_jobs)
     with ExitStack() as stack:
         if launch.rank == 0:

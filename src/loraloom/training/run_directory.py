@@ -3,16 +3,16 @@
     <output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
     <output_dir>/<job>/checkpoints/         `last` and `best`: the adapter at its end, and its best
     <output_dir>/.checkpoints/              checkpoints of all jobs at one moment
-    <output_dir>/.checkpoints/jobs/<job>/   the same where several workers train, for each job apart
+    <output_dir>/.checkpoints/worker-1-of-2/   those of a Ray worker's jobs
     <output_dir>/sweep.csv, .journal        the jobs of a sweep, compared; Optuna's record of them
 
 No job can be called .checkpoints: see `check_name`.
 """
 
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.files import model_card, write_adapter
 from loraloom.formats.raw_files import CONFIG_FILE, SAVED_FILES
 from loraloom.host.host import Host
-from loraloom.training.checkpoints import Checkpoint, CheckpointStore
+from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.job import Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
 
@@ -35,18 +35,17 @@ _JOB_ENTRIES = (*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints", *_LOGS)
 
 
 class RunDirectory:
-    """Where a run's results go; with `by_job`, each job has checkpoints of its own."""
+    """Where a run's results go, and checkpoints of all its jobs or of a Ray worker's."""
 
-    def __init__(self, path: Path, *, by_job: bool = False):
+    def __init__(self, path: Path, *, with_ray: bool = False, worker: str = ""):
         self.path = path
-        self.by_job = by_job
-        self.checkpoints = CheckpointStore(path / ".checkpoints")
+        self.with_ray = with_ray
+        self._aside = path / ".checkpoints"
+        self.checkpoints = CheckpointStore(self._aside / worker)
         self.sweep_table = path / SWEEP_TABLE
         self.sweep_journal = path / "sweep.journal"
-        self.sweep_lock = self.checkpoints.directory / "sweep.lock"
-        self._by_job = self.checkpoints.directory / "jobs"
-        self._lock_file = self.checkpoints.directory / ".lock"
-        self._done: set[str] = set()  # with `by_job`, those whose last checkpoint is written
+        self.sweep_lock = self._aside / "sweep.lock"
+        self._lock_file = self._aside / ".lock"
 
     def job(self, name: str) -> Path:
         return self.path / name
@@ -57,48 +56,18 @@ class RunDirectory:
     def metrics(self, name: str) -> Path:
         return self.path / name / METRICS_FILE
 
-    def has_checkpoints(self, *, by_job: bool) -> bool:
-        return any(self._by_job.glob("*/")) if by_job else bool(self.checkpoints.newest_first())
-
-    def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
-        if not self.by_job:
-            return self.checkpoints.newest()
-        newest: dict[str, Checkpoint] = {}
-        faults: list[str] = []
-        for name in jobs:
-            checkpoint, faults_of_job = CheckpointStore(self._by_job / name).newest()
-            faults += faults_of_job
-            if checkpoint is not None and name in checkpoint.jobs:
-                newest[name] = checkpoint
-        if not newest:
-            return None, faults
-        latest = max(newest.values(), key=lambda checkpoint: checkpoint.seconds)
-        records = {name: checkpoint.jobs[name] for name, checkpoint in newest.items()}
-        files = {name: checkpoint.files[name] for name, checkpoint in newest.items()}
-        return replace(latest, jobs=records, files=files), faults
-
-    def write_checkpoint(
-        self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int
-    ) -> None:
-        """Write a checkpoint, or one of each job, but none of one that was done before."""
-        if not self.by_job:
-            self.checkpoints.write(checkpoint, states, keep=keep)
-            return
-        for name in [name for name in checkpoint.jobs if name not in self._done]:
-            alone = replace(checkpoint, jobs={name: checkpoint.jobs[name]})
-            state = {name: states[name]} if name in states else {}
-            store = CheckpointStore(self._by_job / name)
-            store.write(alone, state, keep=1 if alone.done else keep)
-            self._done |= alone.done
+    def worker_directories(self) -> list[Path]:
+        """List the directories of Ray workers that have a checkpoint."""
+        return sorted({path.parent for path in self._aside.glob("worker-*/snapshot-*/")})
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; pass only one option")
         with self._writing():
             entries = sorted(os.listdir(self.path)) if self.path.exists() else []
-        forms = [by_job for by_job in (False, True) if self.has_checkpoints(by_job=by_job)]
+        forms = {False: self.checkpoints.newest_first(), True: self.worker_directories()}
         # A lock, or a checkpoint on its way when its writer was killed, is no result.
-        has_results = forms or {*entries} - {".checkpoints"}
+        has_results = any(forms.values()) or {*entries} - {".checkpoints"}
         if overwrite or not has_results:
             return
         if not resume:
@@ -107,9 +76,9 @@ class RunDirectory:
                 f"{', '.join(entries[:3])}; pass --resume to continue the run, --overwrite "
                 "to replace the jobs' results, or choose another directory"
             )
-        if self.by_job not in forms:
+        if not forms[self.with_ray]:
             raise ConfigError(
-                f"--resume requires checkpoints of a run {'with' if self.by_job else 'without'} "
+                f"--resume requires checkpoints of a run {'with' if self.with_ray else 'without'} "
                 f"--ray, got none in {self.path}; use --ray as in that run, choose another "
                 "output_dir, or pass --overwrite"
             )
@@ -141,7 +110,7 @@ class RunDirectory:
     @contextmanager
     def opened(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
         """Keep other runs out; of a run that ends before it writes, no directory is left."""
-        aside = self.checkpoints.directory
+        aside = self._aside
         lock = FileLock(self._lock_file, timeout=0)
         is_new = not self.path.exists()
         with self._writing():
@@ -155,7 +124,7 @@ class RunDirectory:
                 ) from error
         try:
             self.check(resume=resume, overwrite=overwrite)
-            for directory in (self.path, aside, *self._by_job.glob("*/")):
+            for directory in (self.path, aside, *aside.glob("worker-*/")):
                 remove_leftovers(directory)
             yield
         finally:
@@ -170,7 +139,7 @@ class RunDirectory:
     def prepare(self, jobs: Sequence[str]) -> None:
         # Checkpoints first: --resume must not go on from some whose results are gone.
         with self._writing():
-            for path in (*self.checkpoints.newest_first(), self._by_job):
+            for path in (*self.checkpoints.newest_first(), *self._aside.glob("worker-*/")):
                 remove(path)
             remove(self.sweep_table)
             remove(self.sweep_journal)

@@ -124,9 +124,6 @@ class Sweep:
         self._written: list[dict[str, Any]] = []
         for job in self.engine.jobs.values():
             self._prepare(job)
-        for trial, name in self._share_of_trials():
-            if trial.state.is_finished():
-                self.engine.recall(name)
 
     def between_steps(self, engine: Engine) -> None:
         for trial, name in self._share_of_trials():
@@ -148,11 +145,10 @@ class Sweep:
         show_ranking(self.run, self._study, self._directory, self.progress)
 
     def _share_of_trials(self) -> list[tuple[FrozenTrial, str]]:
-        number, size = self.share
+        number, _ = self.share
         trials = []
         for trial in self._study.get_trials(deepcopy=False):
-            worker = trial.user_attrs.get("worker")
-            if worker is not None and worker % size == number:
+            if trial.user_attrs.get("worker") == number:
                 trials.append((trial, self._sweep.job_name(trial.number, trial.params)))
         return trials
 
@@ -192,10 +188,15 @@ class Sweep:
         step = trial.last_step
         if job is None or step is None or not job.at_boundary or job.position.step != step:
             return
-        if trial.state == TrialState.RUNNING and self._handle(trial).should_prune():
+        # A worker that was lost after it stopped the job may go on from before that.
+        is_pruned = trial.state == TrialState.PRUNED
+        if trial.state == TrialState.RUNNING:
+            is_pruned = self._handle(trial).should_prune()
+        if is_pruned:
             value = f"{self._sweep.metric} {trial.intermediate_values[step]:.4f}"
             self.engine.stop(name, f"{value} is not among the best after step {step}")
-            self._report(trial, name)
+            if trial.state == TrialState.RUNNING:
+                self._report(trial, name)
 
     def _fill(self) -> None:
         """Let jobs join until as many train as may: first those that have begun already."""
@@ -234,7 +235,7 @@ class Sweep:
     def _start(self, trial: FrozenTrial, name: str) -> None:
         if name in self.engine.jobs:
             return
-        if name in self.engine.results or self.engine.recall(name):
+        if name in self.engine.results:
             return self._report(trial, name)
         try:
             job = self.engine.builder.build(
@@ -243,7 +244,5 @@ class Sweep:
             self._prepare(job)
             self.engine.add(job, overwrite=True)
         except Exception as error:  # of memory, or of a library that makes initial weights
-            if self._directory.by_job and self._directory.newest_checkpoint([name])[0]:
-                raise  # what it needs to go on has changed, and may be put back
             self._study.tell(trial.number, state=TrialState.FAIL)
             self.progress.message(f"error: sweep: {name} cannot train: {error}")

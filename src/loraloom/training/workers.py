@@ -1,7 +1,7 @@
 """Many jobs on many devices: each worker of a Ray cluster trains a share of a run's jobs.
 
-Each job has its own snapshots: when a worker is lost, Ray starts its task again, and the jobs go on
-from theirs. A sweep's study is a file that all workers share: each takes the next combination.
+Each worker has checkpoints of its jobs: when it is lost, Ray starts its task again, which resumes
+from the newest. A sweep's study is a file that all workers share: each takes the next combination.
 """
 
 import logging
@@ -20,7 +20,7 @@ from typing_extensions import override
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.training.builder import check_data
-from loraloom.training.checkpoints import check_same_run
+from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import set_up
 from loraloom.training.job import JobResult
 from loraloom.training.reporting import Interruption, Progress
@@ -72,11 +72,7 @@ def train_share(
             f"{socket.gethostname()}; choose a directory on a shared file system"
         )
     base = load_host(run, {})
-    run_directory = RunDirectory(run.output_dir, by_job=True)
-    # The sweep's jobs join later, from checkpoints of whichever worker had them.
-    begun, _ = run_directory.newest_checkpoint([job.name for job in run.trials])
-    if begun is not None:
-        check_same_run(begun, run.trials, {})
+    run_directory = RunDirectory(run.output_dir, worker=_directory_name(*share))
     engine, checkpoint = set_up(run, jobs, base, run_directory, progress, command, resume=True)
     engine.begin(checkpoint)
     if run.sweep is None:
@@ -85,6 +81,10 @@ def train_share(
 
     sweep = Sweep(run, engine, progress, None, share)
     return engine.run(sweep.between_steps)
+
+
+def _directory_name(number: int, num_workers: int) -> str:
+    return f"worker-{number + 1}-of-{num_workers}"
 
 
 def check_share(run: RunConfig, directory: Path) -> None:
@@ -111,7 +111,7 @@ def train_with_ray(
             checked = _outcome_of(ray, ray.remote(check_share).remote(run, Path.cwd()))
             if isinstance(checked, Exception):
                 raise checked
-        if not (resume and directory.has_checkpoints(by_job=True)):
+        if not (resume and directory.worker_directories()):
             directory.prepare([job.name for job in run.all_jobs])
         results = _train_shares(ray, run, num_workers, directory, progress, command)
     order = {job.name: index for index, job in enumerate(run.all_jobs)}
@@ -137,6 +137,7 @@ def _train_shares(
     num_workers = min(num_workers, max_workers) if num_workers else None
     size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     size = min(size, max_workers)
+    _check_shares(run, directory, size)
     progress.message(f"starting {size} workers")
     queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
     options = {"max_retries": RESTARTS, "scheduling_strategy": "SPREAD"} | resources
@@ -152,6 +153,22 @@ def _train_shares(
     if faults:
         raise faults[0]
     return results
+
+
+def _check_shares(run: RunConfig, directory: RunDirectory, size: int) -> None:
+    """Raise an error if a job is dealt to another worker than the one that has its checkpoint."""
+    shares = {_directory_name(number, size): run.jobs[number::size] for number in range(size)}
+    for path in directory.worker_directories():
+        checkpoint, _ = CheckpointStore(path).newest()
+        saved = set() if checkpoint is None else checkpoint.jobs.keys()
+        share = {job.name for job in shares.get(path.name, ())}
+        moved = saved & {job.name for job in run.jobs} - share
+        if moved or path.name not in shares:
+            raise ConfigError(
+                "--resume with --ray requires the workers and the order of jobs of the "
+                f"interrupted run, got {size} workers, but {path}; pass its number of workers as "
+                "--ray-workers, and restore the order of jobs"
+            )
 
 
 def _follow(
