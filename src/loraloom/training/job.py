@@ -18,7 +18,7 @@ from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import Choices, find_collapse, has_enough_choices
 from loraloom.training.learner import Learner
-from loraloom.training.settings import SCHEDULERS_ON_METRIC, EvaluationConfig, JobConfig
+from loraloom.training.settings import EvaluationConfig, JobConfig
 from loraloom.training.step import batch
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
@@ -74,8 +74,7 @@ class Job:
         else:
             self.order = batch.StepOrder(training_set, config.train)
         self.total_steps = self.order.total_steps
-        mode = metric_mode(config.selection_metric)
-        self.scheduler = build_scheduler(config.train, learner.optimizer, self.total_steps, mode)
+        self.scheduler = build_scheduler(config.train, learner.optimizer, self.total_steps)
         self.position = Position()
         self.selection = Selection(config.selection_metric)
         self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
@@ -152,8 +151,7 @@ class Job:
             weights = self.learner.parameters.values()
             self._proven = [weight.detach().clone() for weight in weights]
             self.learner.apply()
-            if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
-                self.scheduler.step()  # pyright: ignore[reportCallIssue]
+            self.scheduler.step()
         self.learner.zero_grad()
         position = self.position
         if self.reference is not None and isinstance(self.training_set, StreamedSet):
@@ -227,8 +225,6 @@ class Job:
         if train.early_stopping is not None:
             patience = train.early_stopping.patience
             position.stopped_early = self.selection.evaluations_since >= patience
-        if is_due and train.lr_scheduler in SCHEDULERS_ON_METRIC:
-            self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
         if is_best:
             # Checkpoints have these weights too: the files may be those of a later moment.
             tensors = self.adapter.tensors().items()

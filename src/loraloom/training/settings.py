@@ -39,16 +39,14 @@ OptimizerName = Literal[
     "rmsprop", "sgd", "adamw_8bit", "ademamix_8bit", "lion_8bit", "paged_adamw_8bit",
     "paged_adamw_32bit", "paged_ademamix_8bit", "paged_lion_8bit",
 ]
-# The schedulers of transformers (SchedulerType).
+# The schedulers of transformers (SchedulerType) that need no metric.
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
-    "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+    "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
 ]
 # fmt: on
 TrackerName = Literal["jsonl", "tensorboard", "trackio", "wandb"]
-# They move after each evaluation, by the metric that selects the weights.
-SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 BASE_REFERENCE = "base"
 _GIVE = "set data.validation_fraction, data.validation or eval"
 
@@ -199,8 +197,8 @@ class TrainConfig(OptimizerConfig):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         warms_up = self.warmup_steps or self.warmup_ratio
-        if warms_up and self.lr_scheduler in ("constant", *SCHEDULERS_ON_METRIC):
-            yield f"warmup is not supported by {self.lr_scheduler}; use constant_with_warmup"
+        if warms_up and self.lr_scheduler == "constant":
+            yield "warmup is not supported by constant; use constant_with_warmup"
         if self.lr_scheduler_args and self.lr_scheduler in ("constant", "constant_with_warmup"):
             yield f"lr_scheduler_args is not supported by {self.lr_scheduler}; remove the arguments"
         if self.warmup_ratio is not None and self.warmup_steps is not None:
@@ -289,8 +287,6 @@ class JobConfig(StrictModel):
         evaluates = train.eval_steps or train.eval_on_start
         if evaluates and not (self.data.has_validation or self.eval):
             yield f"train.eval_steps or eval_on_start requires data to evaluate; {_GIVE}"
-        if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
-            yield f"train.lr_scheduler {train.lr_scheduler} requires train.eval_steps; {_GIVE} too"
         if train.early_stopping is not None and train.early_stopping.metric not in selecting:
             yield (
                 "train.early_stopping.metric must be one that the job measures outside test splits "

@@ -13,7 +13,6 @@ from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.optimization import GreedyLR
 
 from loraloom.adapters.contract import Adapter
 from loraloom.adapters.lora import pattern_value
@@ -22,9 +21,7 @@ from loraloom.base.quantization import import_library
 from loraloom.devices import has_separate_memory
 from loraloom.errors import ConfigError, shown
 from loraloom.host.host import Host
-from loraloom.training.settings import SCHEDULERS_ON_METRIC, OptimizerConfig, TrainConfig
-
-Scheduler = LRScheduler | GreedyLR
+from loraloom.training.settings import OptimizerConfig, TrainConfig
 
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
@@ -180,21 +177,14 @@ def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
             target.copy_(value)
 
 
-def build_scheduler(
-    config: TrainConfig, optimizer: Optimizer, total_steps: int, metric_mode: str
-) -> Scheduler:
-    arguments = dict(config.lr_scheduler_args)
-    if config.lr_scheduler in SCHEDULERS_ON_METRIC:
-        arguments.setdefault("mode", metric_mode)
-    if config.lr_scheduler == "greedy":  # whose own bound, 1e-3, is above most rates
-        arguments.setdefault("min_lr", 0.0)
+def build_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     with _raised_as_config_error(config, "lr_scheduler"):
         return transformers.get_scheduler(
             config.lr_scheduler,
             optimizer,
             num_warmup_steps=config.warmup_steps_of(total_steps),
             num_training_steps=total_steps,
-            scheduler_specific_kwargs=arguments,
+            scheduler_specific_kwargs=dict(config.lr_scheduler_args),
         )
 
 
