@@ -166,7 +166,7 @@ def different_files(expected: Path, directory: Path, names: Iterable[str] = ADAP
     """Name what is not bit-equal in the results of jobs of two runs."""
     differences = []
     for name in names:
-        for place in ("", "checkpoints/last", "checkpoints/best"):
+        for place in ("", "checkpoints/last"):
             file = Path(name, place, "adapter_model.safetensors")
             left, right = load_file(expected / file), load_file(directory / file)
             differences += [

@@ -124,7 +124,7 @@ def test_resume_needs_checkpoints_where_there_are_results(tmp_path):
 def test_overwriting_takes_this_runs_files_and_leaves_others(tmp_path):
     directory = RunDirectory(tmp_path)
     for job in ("a", "other"):
-        directory.best(job).mkdir(parents=True)
+        (directory.job(job) / "checkpoints/last").mkdir(parents=True)
         for name in ("metrics.jsonl", "result.json", "notes.txt", "adapter_config.json"):
             (directory.job(job) / name).write_text("{}")
     directory.prepare(["a"])
@@ -145,10 +145,7 @@ def test_a_run_killed_while_it_overwrites_leaves_no_checkpoint_to_resume(tmp_pat
     assert directory.checkpoints.newest() == (None, [])
 
 
-BEST = "checkpoints/best/adapter_config.json"
-
-
-@pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin", BEST])
+@pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin"])
 def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
     directory = RunDirectory(tmp_path)
     (tmp_path / "a" / file).parent.mkdir(parents=True)

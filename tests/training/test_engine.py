@@ -113,8 +113,7 @@ def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatc
     directory = RunDirectory(tmp_path)
     for path, of_step in (
         (directory.job("a"), 2),
-        (directory.best("a"), 2),
-        (directory.best("a").with_name("last"), 3),
+        (directory.job("a") / "checkpoints/last", 3),
     ):
         _, tensors = read_adapter(path, base)
         expected = weights_after[of_step]
@@ -188,7 +187,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(tmp_path, stop, options
     toy_engine(tmp_path / "unbroken", configs, sets, **options).run()
     interrupted(toy_engine(tmp_path / "broken", configs, sets, **options), after_round=stop)
     resumed(tmp_path / "broken", configs, sets, **options).run()
-    for place in ("", "checkpoints/last", "checkpoints/best"):
+    for place in ("", "checkpoints/last"):
         names = [f"{name}/{place}" for name in sets]
         assert_same_files(tmp_path / "broken", tmp_path / "unbroken", names)
     assert_same_metrics(tmp_path / "broken", tmp_path / "unbroken", list(sets))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from loraloom.errors import AdapterError, ConfigError, TrainingError
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
 from loraloom.host.host import Host
 from loraloom.training import rounds, run_directory
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
-from tests.training.running import Spoken, resumed
+from tests.training.running import resumed
 from tests.training.step.test_fused import assert_same
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
 
@@ -73,30 +73,11 @@ def test_an_exception_in_an_evaluation_stops_that_job_only(engine, unhurt, tmp_p
         lambda jobs: any(job.name == "hit" and job.position.step >= 4 for job in jobs),
         ZeroDivisionError("no answer"),
     )
-    base = engine.host.base
+    base, hit = engine.host.base, engine.jobs["hit"]
     run_and_check_neighbour(engine, unhurt, "job hit, after step 4: ZeroDivisionError: no answer")
     result = read_result(tmp_path / "run/hit")
     assert (result.steps, result.weights, result.best["step"]) == (4, "best", 2)
     _, tensors = read_adapter(tmp_path / "run/hit", base)
-    _, best = read_adapter(tmp_path / "run/hit/checkpoints/best", base)
-    assert all(torch.equal(tensors[name], best[name]) for name in best)
-
-
-def test_a_best_adapter_that_can_not_be_written_for_a_while_fails_no_job(tmp_path, monkeypatch):
-    spoken = Spoken()
-    engine = toy_engine(tmp_path, CONFIGS, SETS, dtype=torch.float32, progress=spoken)
-    hit, full = engine.jobs["hit"], AdapterError("the adapter can't be written to hit: No space")
-    full.__cause__ = NO_SPACE
-    is_hit = lambda directory, *_: directory.parts[-3] == "hit" and not hit.is_complete  # noqa: E731
-    monkeypatch.setattr(
-        run_directory, "write_adapter", failing(run_directory.write_adapter, is_hit, full)
-    )
-    assert [result.status for result in engine.run()] == ["finished", "finished"]
-    assert any(
-        "warning: job hit: its best weights can't be written yet" in text
-        for text in spoken.messages
-    )
-    _, tensors = read_adapter(tmp_path / "hit/checkpoints/best", engine.host.base)
     assert all(torch.equal(tensors[name], best) for name, best in hit.best.items())
 
 

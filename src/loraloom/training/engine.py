@@ -18,7 +18,7 @@ import torch
 
 from loraloom.config.fields import checked
 from loraloom.devices import peak_memory_bytes
-from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
+from loraloom.errors import ConfigError, LoraloomError, TrainingError, plain
 from loraloom.host.host import Host
 from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder, naming
@@ -180,23 +180,10 @@ class Engine:
             with self._failing_alone(job):
                 if isinstance(outcome, Exception):
                     raise outcome
-                if job.take_evaluation(outcome) and self._is_first:
-                    self._write_best(job)
+                job.take_evaluation(outcome)
                 self._reporter.evaluation(job, outcome, self.seconds)
         self._reporter.flush()
         self._is_checkpoint_due = True
-
-    def _write_best(self, job: Job) -> None:
-        try:
-            self.directory.write_best(self.host, job)
-        except (AdapterError, OSError) as error:
-            if isinstance(error, AdapterError) and error.__cause__ is None:  # not of the disk
-                raise
-            # Nothing is lost: the next checkpoint has them, and the job's end writes them again.
-            self._reporter.message(
-                f"warning: job {job.name}: its best weights can't be written yet: {error}; "
-                "training continues; free disk space soon"
-            )
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
@@ -292,7 +279,7 @@ class Engine:
                 job.load_state_dict(state)
                 self.host.ranks.keep_at_first(job.learner.parameters.values())
             if self._is_first:
-                self.directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
+                self.directory.reopen(job.name, checkpoint.jobs[job.name].metrics_bytes)
 
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.

@@ -209,7 +209,7 @@ class Job:
             if not isinstance(value, float) or math.isfinite(value)
         }
 
-    def take_evaluation(self, metrics: dict[str, float]) -> bool:
+    def take_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
         # A loss proves the weights, and so does a right answer: scores of NaN are wrong answers.
@@ -226,10 +226,8 @@ class Job:
             patience = train.early_stopping.patience
             position.stopped_early = self.selection.evaluations_since >= patience
         if is_best:
-            # Checkpoints have these weights too: the files may be those of a later moment.
             tensors = self.adapter.tensors().items()
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
-        return is_best
 
     def find_fault_of_weights(self) -> TrainingError | None:
         # Read at once: each read waits for a device.

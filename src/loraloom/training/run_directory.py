@@ -1,10 +1,10 @@
 """The directory of a run: each job's results, and the checkpoints that --resume goes on from.
 
-    <output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
-    <output_dir>/<job>/checkpoints/         `last` and `best`: the adapter at its end, and its best
-    <output_dir>/.checkpoints/              checkpoints of all jobs at one moment
+    <output_dir>/<job>/                        the adapter's files, metrics.jsonl, result.json
+    <output_dir>/<job>/checkpoints/last/       the adapter at the job's end
+    <output_dir>/.checkpoints/                 checkpoints of all jobs at one moment
     <output_dir>/.checkpoints/worker-1-of-2/   those of a Ray worker's jobs
-    <output_dir>/sweep.csv, .journal        the jobs of a sweep, compared; Optuna's record of them
+    <output_dir>/sweep.csv, .journal           a sweep's jobs, compared; Optuna's record of them
 
 No job can be called .checkpoints: see `check_name`.
 """
@@ -23,7 +23,7 @@ from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_js
 from loraloom.config.run_files import METRICS_FILE, RESULT_FILE, SWEEP_TABLE
 from loraloom.errors import ConfigError
 from loraloom.formats.files import model_card, write_adapter
-from loraloom.formats.raw_files import CONFIG_FILE, SAVED_FILES
+from loraloom.formats.raw_files import SAVED_FILES
 from loraloom.host.host import Host
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.job import Job, JobResult
@@ -49,9 +49,6 @@ class RunDirectory:
 
     def job(self, name: str) -> Path:
         return self.path / name
-
-    def best(self, name: str) -> Path:
-        return self.path / name / "checkpoints" / "best"
 
     def metrics(self, name: str) -> Path:
         return self.path / name / METRICS_FILE
@@ -148,7 +145,7 @@ class RunDirectory:
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
-        for file in (RESULT_FILE, *SAVED_FILES, f"checkpoints/best/{CONFIG_FILE}"):
+        for file in (RESULT_FILE, *SAVED_FILES):
             path = self.job(name) / file
             if path.exists() and not overwrite:
                 raise ConfigError(
@@ -163,30 +160,18 @@ class RunDirectory:
                 remove(self.job(name) / entry)
             remove_leftovers(self.job(name))
 
-    def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
-        # A killed run may have got further: with better weights, or to the job's end.
-        name = job.name
+    def reopen(self, name: str, metrics_bytes: int) -> None:
+        # A killed run may have got further, even to the job's end.
         with self._writing():
             for directory in (self.job(name), *self.job(name).glob("checkpoints/*/")):
                 remove_leftovers(directory)
             remove(self.job(name) / RESULT_FILE)
             cut_torn_line(self.metrics(name), metrics_bytes)
-            if job.selection.step is None:
-                remove(self.best(name))
-                return
-        self.write_best(host, job)
-
-    def write_best(self, host: Host, job: Job) -> None:
-        assert job.best is not None, "an evaluation has chosen some"
-        _write_adapter(self.best(job.name), host, job, job.best)
 
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         last = job.adapter.tensors()
         with self._writing():
-            if job.best is not None:
-                # Again: what is there may be half of it.
-                self.write_best(host, job)
-            _write_adapter(self.best(job.name).with_name("last"), host, job, last)
+            _write_adapter(self.job(job.name) / "checkpoints" / "last", host, job, last)
             card = _model_card(result, host, job)
             kept = last if job.best is None else job.best
             _write_adapter(self.job(job.name), host, job, kept, card)
