@@ -95,10 +95,15 @@ def test_rows_of_adapters_that_record_no_form_are_told_by_their_columns(saved, t
     file = write_rows(tmp_path / "choices.jsonl", *choices)
     assert combine(saved, tmp_path / "two", prompts[0], f"--prompts=math={file}") == 2
     assert "Name a task" in capsys.readouterr().err
-    run = str(tmp_path / "run.yaml")
-    assert main(["init", str(file), f"--base-model={saved / 'base'}", "--output", run]) == 0
-    task = f"--prompts=math={tmp_path / 'choices-task.yaml'}"
-    assert combine(saved, tmp_path / "two", prompts[0], task) == 0
+    task = tmp_path / "choices.yaml"
+    task.write_text(f"""
+data: {{files: {{train: {file}}}}}
+template: "Question: {{{{ question }}}}\\nAnswer:"
+choices: choices
+answer: answer
+answer_is: index
+""")
+    assert combine(saved, tmp_path / "two", prompts[0], f"--prompts=math={task}") == 0
 
 
 @pytest.mark.parametrize("by", ["arrow", "cat"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from loraloom.cli.main import main
-from loraloom.config.task import load_task_config
 from loraloom.training.settings import load_run_config
 from tests.cli.test_data import TEMPLATE
 from tests.conftest import build_tokenizer
@@ -14,7 +13,6 @@ from tests.generation.saved import write_rows
 from tests.tiny import tiny_model
 
 TURNS = [{"role": "user", "content": "sky #?"}, {"role": "assistant", "content": "blue"}]
-ARC = {"text": ["a", "b"], "label": ["1", "2"]}
 # A row, with # for its number, and settings of the job's data.
 ROWS = [
     ({"Question": "sky #?", "answer": "blue", "id": 7}, {"template": "plain"}),
@@ -24,8 +22,6 @@ ROWS = [
     ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
     ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),
     ({"prompt": "sky #?", "chosen": " blue", "rejected": " no"}, {"fields": None}),
-    ({"question": "sky #?", "options": ["blue", "no"], "answer": 0}, {"scoring": "text"}),
-    ({"question": "#?", "choices": ARC, "answerKey": "1"}, {"scoring": "text"}),
 ]
 
 
@@ -112,35 +108,11 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
     assert load_run_config("run.yaml").jobs[0].data.on_empty == "skip"
 
 
-@pytest.mark.parametrize(
-    ("choices", "answers", "kind"),
-    [
-        (["1", "2", "3"], ["2", "1"], "text"),
-        ([1, 2, 3], [1, 3], "text"),
-        (["1", "2", "3"], [1, 0], "index"),
-        (["2", "text"], ["A", "B"], "label"),
-    ],
-)
-def test_all_rows_decide_what_answers_are(init, tmp_path, choices, answers, kind):
-    rows = [{"question": "?", "choices": choices, "answer": answer} for answer in answers]
-    init(write_rows(tmp_path / "2024-05-01.jsonl", *rows))
-    assert load_task_config("2024-05-01-task.yaml").answer_is == kind
-    assert load_run_config("run.yaml").jobs[0].name == "2024-05-01"
-
-
-def test_a_task_file_is_written_with_the_run_file_or_not_at_all(init, tmp_path):
-    row = {"question": "?", "choices": ["a", "b"], "answer": "a", "the stem": "?"}
-    path, task = tmp_path / "rows.jsonl", "rows-task.yaml"
-    write_rows(path, row, row | {"answer": "c"})
-    assert "answer (answer) must be a choice's text, one of a, b, got 'c'" in init(path, code=2)
-    assert "Rename the column" in init(path, "--column=question=the stem", code=2)
-    assert "on_empty is not supported for a task" in init(path, "--on-empty=skip", code=2)
-    assert not (tmp_path / task).exists()
-    (tmp_path / task).write_text("{}")
-    write_rows(path, row)
-    assert f"{task} has other settings. Pass --overwrite" in init(path, code=2)
-    init(path, "--overwrite")
-    assert load_task_config(task).answer_is == "text"
+def test_choice_questions_need_a_task_file(init, tmp_path):
+    row = {"question": "?", "choices": ["a", "b"], "answer": "a"}
+    error = init(write_rows(tmp_path / "rows.jsonl", row), code=2)
+    assert "rows.jsonl has choices. Name a task, or write a task file" in error
+    assert not (tmp_path / "run.yaml").exists()
 
 
 @pytest.mark.parametrize(

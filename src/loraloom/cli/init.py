@@ -6,16 +6,12 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
-from os.path import relpath
 from pathlib import Path
 from statistics import median
-from string import ascii_uppercase
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from loraloom.atomic_io import prepare_output, write_output
 from loraloom.base.loading import load_tokenizer
@@ -25,13 +21,11 @@ from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
-from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console, show_progress
 
-RowFormat = DataFormat | Literal["choices"]
 # one comes before those whose columns its rows may have as well
 ROW_FORMATS = ("preference", "chat", "choices", "instruction", "text")
 
@@ -48,7 +42,7 @@ def init(
     /,
     *,
     base_model: str = "smollm2-135m",
-    row_format: Annotated[RowFormat | None, Parameter(name="--format")] = None,
+    row_format: Annotated[DataFormat | None, Parameter(name="--format")] = None,
     column: tuple[str, ...] = (),
     chat_template: str | None = None,
     on_empty: Literal["error", "skip"] | None = None,
@@ -73,8 +67,8 @@ def init(
         expert_share: Adapt the experts of a mixture-of-experts base model, and only those that
             compute this share of the rows' tokens in each layer: 0.5, for example. The base model
             reads up to 1,000 rows to count them.
-        output: Run file to write. For choice questions, a task's file joins it.
-        overwrite: Replace files that exist.
+        output: Run file to write.
+        overwrite: Replace a run file that exists.
     """
     prepare_output(output, "--output")
     if output.exists() and not overwrite:
@@ -87,24 +81,17 @@ def init(
     console.print(plain(f"base model: {base_model}"))
     name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.partition(".")[0])
     name = name.strip("-")[:80] or "job"
-    task = output.with_name(f"{name}-task.yaml")
-    task_text = ""
-    if row_format == "choices":
-        data = {"task": str(task), "path": str(file), "scoring": "text"}
-        task_text = _task_text(relpath(file, output.parent), rows, **columns)
-        if task.exists() and not overwrite and read_text(task) != task_text:
-            raise ConfigError(f"{task} has other settings. Pass --overwrite to replace the file.")
-    else:
-        data = {"dataset": str(file), "format": row_format, **column_settings(columns)}
+    data = {"dataset": str(file), "format": row_format, **column_settings(columns)}
     data |= {"chat_template": chat_template, "on_empty": on_empty}
     data = {key: value for key, value in data.items() if value}
-    encoder, encoded = _read_all(data, task_text, load_tokenizer(base_model))
+    tokenizer = load_tokenizer(base_model)
+    max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
+    encoder = SourceEncoder(checked(SourceConfig, data), tokenizer, max_length)
+    encoded = encoder.load("train")
     sizes = _measure(encoded, encoder.max_length)
     targets = {}
     if expert_share is not None:
         targets = _busiest_experts(console, base_model, encoded, expert_share)
-    if task_text:
-        write_output(task, task_text)
     fields = {"format": row_format, "targets": targets, **sizes}
     write_output(output, _run_file(base_model, name, data, fields))
     _print_summary(console, encoder, encoded, sizes["summary"])
@@ -116,9 +103,9 @@ def _choose_columns(
     console: Console,
     file: Path,
     rows: Sequence[Row],
-    row_format: RowFormat | None,
+    row_format: DataFormat | None,
     texts: Sequence[str],
-) -> tuple[RowFormat, dict[str, str]]:
+) -> tuple[DataFormat, dict[str, str]]:
     pairs = [text.partition("=") for text in texts]
     fields = {role: name for role, _, name in pairs}
     if not all(fields.values()):
@@ -131,21 +118,6 @@ def _choose_columns(
     console.print(plain(f"columns: {used}"))
     console.print(plain(f"not used: {unused or 'none'}"))
     return row_format, columns
-
-
-def _read_all(
-    data: Mapping[str, Any], task_text: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[SourceEncoder, list[EncodedRow]]:
-    """Encode all rows as training does, those of choices by a task file that is not there yet."""
-    max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
-    with TemporaryDirectory() as directory:
-        settings = {**data}
-        if task_text:
-            task = Path(directory, Path(data["task"]).name)
-            write_output(task, task_text)
-            settings["task"] = str(task)
-        encoder = SourceEncoder(checked(SourceConfig, settings), tokenizer, max_length)
-        return encoder, encoder.load("train")
 
 
 def _busiest_experts(
@@ -231,7 +203,7 @@ def first_rows(location: Path | HubSource, split: str = "train") -> list[Row]:
 
 def find_columns(
     file: object, rows: Sequence[Row], names: Sequence[str], fields: Mapping[str, str], advice: str
-) -> tuple[RowFormat, dict[str, str]]:
+) -> tuple[DataFormat, dict[str, str]]:
     """Find the first of the named formats whose columns most rows have."""
     counts = Counter(chain.from_iterable(rows))
     usual: dict[str, str] = {}
@@ -248,8 +220,13 @@ def find_columns(
             free = [name for name in matches if name not in columns.values()]
             if free and role not in fields:
                 columns[role] = free[0]
-        if roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
-            return row_format, columns
+        if not roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
+            continue
+        if row_format == "choices":
+            raise ConfigError(
+                f"{file} has choices. Name a task, or write a task file: see docs/result_files.md"
+            )
+        return row_format, columns
     required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
@@ -266,8 +243,6 @@ def infer_source(
     fields = source.get("fields") or {}
     advice = "Rename the columns, or name a task"
     row_format, columns = find_columns(data, rows, formats, fields, advice)
-    if row_format == "choices":
-        raise ConfigError(f"{data} has choices. Name a task, or the task file that init writes.")
     settings = column_settings(columns)
     return {"format": row_format, **settings, **source, "fields": settings["fields"]}
 
@@ -280,40 +255,3 @@ def column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
             template = "alpaca"
     fields = {role: name for role, name in columns.items() if role != name}
     return {"template": template, "fields": fields}
-
-
-def _task_text(file: str, rows: Sequence[Row], question: str, choices: str, answer: str) -> str:
-    if not question.isidentifier():
-        raise ConfigError(
-            f"question must be a name of letters, digits and _, got {question!r}. Rename the column"
-        )
-    settings: dict[str, Any] = {
-        "data": {"files": {"train": file}},
-        "template": f"Question: {{{{ {question} }}}}\nAnswer:",
-        "answer": answer,
-    }
-    kinds: Counter[str] = Counter()
-    for row in rows:
-        if choices not in row or answer not in row:
-            continue
-        # as in ARC: lists of texts and labels, or a list of objects with both
-        first = row[choices]
-        if isinstance(first, list) and first:
-            first = first[0]
-        if isinstance(first, Mapping):
-            settings |= {"choices": f"{choices}.text", "labels": f"{choices}.label"}
-            return to_yaml(settings)
-        kinds.update(_kinds_of_answer(row[choices], row[answer]))
-    # the first where several fit all rows
-    kind = max(("text", "index", "label"), key=kinds.__getitem__)
-    return to_yaml({**settings, "choices": choices, "answer_is": kind})
-
-
-def _kinds_of_answer(choices: Any, right: Any) -> list[str]:
-    if not isinstance(choices, list):
-        return []
-    options = answer_options([str(text) for text in choices], ascii_uppercase[: len(choices)])
-    if not isinstance(right, str) and right not in choices:
-        del options["text"]  # the number 1 is an index in a list of "1" and "2"
-    answer = str(right).strip()
-    return [kind for kind, names in options.items() if names.count(answer) == 1]
