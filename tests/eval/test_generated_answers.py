@@ -8,13 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraloom.config.task import load_task_config
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError
 from loraloom.eval import generated_answers
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.generated_answers import is_right, load_answer_set, normalize_answer
-from loraloom.eval.results import write_lines
-from loraloom.eval.statistics import compare_paired, read_answers
 from tests.data.encoded import write_rows
 from tests.eval.scoring import scoring_host
 
@@ -70,29 +68,6 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
     assert (again.results, again.num_cached_scores) == (found.results, 12)
     next(iter(host.adapters["lora"].parameters())).data.add_(1)
     assert evaluate(host, tiny_tokenizer, file, NAMES, **options).num_cached_scores == 8
-
-
-def test_what_a_judge_scored_is_compared(tiny_tokenizer, task, tmp_path):
-    host, path = scoring_host(), tmp_path / "judged.jsonl"
-    scores = {"base": [1, 3, 2], "lora": [2.5, 3, 4]}
-    lines = [{"adapter": n, "score": one} for n, of in scores.items() for one in of]
-    write_lines(path, lines)  # without places, as `generate --output` has them
-    file = task(scores=str(path))
-    found = evaluate(host, tiny_tokenizer, file, NAMES[:2])
-    assert [of["support"]["score"] for of in found.results.values()] == [2, 9.5 / 3]
-    assert {"task": "support", "index": 2, "adapter": "lora", "score": 4} in found.lines()
-    (compared,) = found.comparisons
-    expected = compare_paired(scores["lora"], scores["base"])
-    assert (compared.difference, compared.interval) == (expected.difference, expected.interval)
-    assert (compared.metric, compared.num_first_better) == ("score", 2)
-    with pytest.raises(DataError, match="got no score of mixdora; its adapters are base, lora"):
-        evaluate(host, tiny_tokenizer, file, NAMES)
-    write_lines(path, [line | {"prompt": f"{9 - n % 3}?"} for n, line in enumerate(lines)])
-    (read,) = read_answers(path)
-    assert (read.questions, read.right["lora"]) == ((0, 1, 2), (2.5, 3, 4))
-    write_lines(path, lines[:-1])
-    with pytest.raises(DataError, match="but lora lack some"):
-        load_answer_set(file)
 
 
 def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
@@ -174,12 +149,15 @@ def test_different_numbers_are_not_equal(first, second):
         assert is_right(metric, f"It is {first}."[6:], str(second)) == (str(first) == str(second))
 
 
+TEXTS = {"dataset": "a.jsonl", "format": "text"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": "contains"}, "data must be a dataset of format instruction or chat"),
-        ({"metric": "f1", "scores": "a"}, "metric must be 'exact_match' or 'contains', got 'f1'"),
-        ({"metric": "contains", "scores": "a"}, "scores excludes the other settings"),
+        ({"metric": "contains"}, "needs field 'data'"),
+        ({"metric": "contains", "data": TEXTS}, "data must be a dataset of format instruction or"),
+        ({"metric": "f1", "data": TEXTS}, "metric must be 'exact_match' or 'contains', got 'f1'"),
     ],
 )
 def test_a_task_that_can_not_be_used_is_an_error(task, settings, message):

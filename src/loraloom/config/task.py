@@ -105,6 +105,6 @@ class TaskConfig(StrictModel):
 
 def load_task_config(path: str | Path) -> TaskConfig:
     settings = read_settings(path, "a task's file")
-    if {"metric", "scores"} & settings.keys():
+    if "metric" in settings:
         raise ConfigError(f"{path} is for evaluation only. Name a choice task.")
     return checked(TaskConfig, settings, origin=f"{path}:\n  ")

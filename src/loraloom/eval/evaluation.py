@@ -167,8 +167,7 @@ def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -
         figures[task.name] = {}
         for adapter, result in task.results.items():
             results.setdefault(adapter, {})[task.name] = result
-            figure = result.get("score", result.get("accuracy"))
-            figures[task.name][adapter] = result.get("loss", figure)
+            figures[task.name][adapter] = result.get("loss", result.get("accuracy"))
     sides = [(task, *pair) for task in scores for pair in pairs]
     differences = [task.compare(first, second) for task, first, second in sides]
     # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all

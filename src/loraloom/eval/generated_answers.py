@@ -1,10 +1,8 @@
-r"""Generated answers, compared with a data set's reference answers; or what a judge scored.
+r"""Generated answers, compared with a data set's reference answers.
 
 data: {dataset: support_test.jsonl, format: chat}    # as in a run file
 metric: exact_match                                  # or contains
 sampling: {max_new_tokens: 64, stop: ["\n"]}
-
-scores: judged.jsonl    # in place of all: {"adapter": "law", "index": 0, "score": 0.7}, ...
 """
 
 import re
@@ -12,10 +10,8 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
 from typing_extensions import override
 
 from loraloom.config.data import SourceConfig, is_data_file, is_task_file, task_name
@@ -28,7 +24,7 @@ from loraloom.data.templates import read_input
 from loraloom.errors import DataError
 from loraloom.eval.results import BASE
 from loraloom.eval.score import Scorer, Scores
-from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
+from loraloom.eval.statistics import share_fields
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.request import GenerationRequest
@@ -64,48 +60,39 @@ _OPERATOR = r"[-+/%<=>!&|^~]"
 class AnswerTaskConfig(StrictModel):
     """A task of generated answers."""
 
-    data: SourceConfig | None = None
+    data: SourceConfig
     """Prompts with reference answers, as under `data` of a run file: instructions or chats."""
     metric: Literal["exact_match", "contains"] = "exact_match"
     """Whether an answer must equal the reference, or contain it."""
     sampling: SamplingConfig = SamplingConfig()
     """How answers are generated; greedily by default."""
-    scores: str | None = Field(default=None, min_length=1)
-    """A judge's file, with `adapter`, `index` and `score` in each line."""
 
     @override
     def contradictions(self) -> Iterator[str]:
-        if self.scores is not None and len(self.model_fields_set) > 1:
-            yield "scores excludes the other settings of a task. Remove them."
-        elif self.scores is None and (
-            self.data is None or self.data.format not in ("instruction", "chat")
-        ):
-            yield "data must be a dataset of format instruction or chat, or scores must be set"
+        if self.data.format not in ("instruction", "chat"):
+            yield "data must be a dataset of format instruction or chat"
 
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """Prompts of a task's split; or what a judge scored already."""
+    """Prompts of a task's split."""
 
     task: str
     config: AnswerTaskConfig
     details: dict[str, Any]
     rows: Sequence[AnswerRow]
-    judged: TaskAnswers | None = None
 
 
 def load_answer_set(
     task: str, split: str | None = None, limit: int | None = None
 ) -> AnswerSet | None:
-    """Load the task of a YAML file with a `metric` or `scores`; None for a choice task."""
+    """Load the task of a YAML file with a `metric`; None for a choice task."""
     settings = read_settings(task, "a task's file") if is_task_file(task) else {}
-    if not {"metric", "scores"} & settings.keys():
+    if "metric" not in settings:
         return None
     config = checked(AnswerTaskConfig, settings, origin=f"{task}:\n  ")
     name = check_name(task_name(task))
     source = config.data
-    if source is None:
-        return _load_judged(name, config, limit)
     split = None if is_data_file(source.dataset) else split or source.split or "validation"
     location = sources.find_location(source.dataset or "", split or "", source.config)
     data_rows = sources.read_rows(location, split or "", limit)
@@ -121,17 +108,6 @@ def load_answer_set(
     details = config.model_dump(mode="json", exclude_none=True)
     details |= {"split": split, "source": sources.describe(location), "num_questions": len(rows)}
     return AnswerSet(name, config, details, rows)
-
-
-def _load_judged(name: str, config: AnswerTaskConfig, limit: int | None) -> AnswerSet:
-    path = Path(str(config.scores))
-    tasks = read_answers(path)
-    if len(tasks) > 1:
-        raise DataError(f"{path} must have the scores of one task, got {len(tasks)}")
-    judged = tasks[0]
-    right = {adapter: scores[:limit] for adapter, scores in judged.right.items()}
-    judged = replace(judged, questions=judged.questions[:limit], right=right)
-    return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
 
 
 def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
@@ -186,9 +162,6 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
 
 
 def score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
-    if data.judged is not None:
-        names = [adapter or BASE for adapter in scorer.adapters]
-        return _judged_scores(data, data.judged, names)
     answers = {}
     sizes = [1] * len(data.rows) * len(scorer.adapters)
     with show_progress(scorer.console, data.task, sizes) as advance:
@@ -207,7 +180,7 @@ def _generate_answers(
     host = scorer.host
     tokenizer = scorer.tokenizer
     sampling = data.config.sampling
-    source = data.config.data or SourceConfig()
+    source = data.config.data
     form = given_form(tokenizer, source.template, source.chat_template)
     prompts = [replace(prompt, adapter=adapter) for _, prompt, _ in data.rows]
     requests = make_requests(host, tokenizer, prompts, sampling, prompt_form=form)
@@ -263,20 +236,3 @@ def _question_text(prompt: Prompt) -> str:
     else:
         texts = [f"{message['role']}: {message['content']}" for message in prompt.content]
     return "\n\n".join(filter(None, texts))
-
-
-def _judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
-    missing = [name for name in names if name not in judged.right]
-    if missing:
-        raise DataError(
-            f"{data.config.scores} must score each of {', '.join(names)}, got no score of "
-            f"{', '.join(missing)}; its adapters are {', '.join(judged.right)}"
-        )
-    task = Scores(data.task, data.details, "score")
-    for name in names:
-        scores = list(map(float, judged.right[name]))
-        task.values[name] = scores
-        task.results[name] = score_fields(scores)
-        for index, score in zip(judged.questions, scores, strict=True):
-            task.lines.append({"task": data.task, "index": index, "adapter": name, "score": score})
-    return task

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 MARK = "†"
 ACCURACY = "accuracy %"
 LOSS = "loss, nats a token"
-_UNITS = {"accuracy": "points", "loss": "nats a token", "score": "score"}
+_UNITS = {"accuracy": "points", "loss": "nats a token"}
 NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
 # Of the data frame, those that there are.
 _COLUMNS = (
-    "adapter", "task", "split", "group", "accuracy", "score", "loss", "stderr", "low", "high",
-    "perplexity", "num_examples", "num_tokens", "majority",
+    "adapter", "task", "split", "group", "accuracy", "loss", "stderr", "low", "high", "perplexity",
+    "num_examples", "num_tokens", "majority",
 )  # fmt: skip
 
 # Comparisons that are told in a sentence each; of more, the table's stars name the winners.
@@ -49,8 +49,8 @@ BASE = "base"
 # Of the file. A field that goes or changes its meaning raises it, a new one does not.
 SCHEMA_VERSION = 1
 
-# What is compared: of accuracies and scores more is better, of losses (in nats a token) less.
-Metric = Literal["accuracy", "score", "loss"]
+# What is compared: of accuracies more is better, of losses (in nats a token) less.
+Metric = Literal["accuracy", "loss"]
 
 Fields = dict[str, Any]
 
@@ -224,8 +224,6 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         if result.get("beats_majority") is False:
             text += MARK
         cells[_accuracy_of(result)] = text
-    if "score" in result:
-        cells["score"] = _with_interval(_decimals, result["score"], interval)
     if "loss" in result:
         cells[LOSS] = _with_interval(_decimals, result["loss"], interval)
     if result.get("perplexity") is not None:
@@ -243,9 +241,7 @@ def _harness_cells(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[st
 
 
 def _figure_of(result: Mapping[str, Any]) -> str:
-    if "loss" in result:
-        return LOSS
-    return "score" if "score" in result else _accuracy_of(result)
+    return LOSS if "loss" in result else _accuracy_of(result)
 
 
 def _accuracy_of(result: Mapping[str, Any]) -> str:

@@ -78,19 +78,6 @@ def share_fields(correct: Sequence[bool]) -> Fields:
     }
 
 
-def score_fields(scores: Sequence[float]) -> Fields:
-    """Compute the mean of scores, with its standard error and a bootstrap's interval."""
-    values = np.asarray(scores)
-    lengths = np.ones(len(scores))
-    (interval,) = ratio_intervals(values[:, None], lengths)
-    return {
-        "score": fmean(scores),
-        "stderr": ratio_stderr(values, lengths),
-        "num_examples": len(scores),
-        "interval": list(interval),
-    }
-
-
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test (1947), min(1, 2 P[X ≤ min(b, c)])."""
     # X is binomial with b + c trials of 1/2; integers keep it exact for any number of questions
