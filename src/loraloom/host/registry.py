@@ -57,7 +57,7 @@ class AdapterRegistry:
         self.hosted = Hosted()
         self.changing = threading.RLock()
         self._sums: dict[Weighted, WeightedSum] = {}
-        self.wiring = Wiring(model, self.base.layers_path, self.layers)
+        self.wiring = Wiring(model, self.base.layers_path, self.layers, structure.quantized)
         self._detached = False
 
     def find(self, name: str) -> Adapter:
