@@ -43,7 +43,8 @@ def read_adapter(
 
 def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> StoredAdapter:
     """Read an adapter as its files describe it, with no base model at hand."""
-    return parse_files(replace(raw_files.read_files(directory), overrides=settings or {}))
+    files = raw_files.read_files(directory)
+    return parse_files(replace(files, overrides=settings or {}))
 
 
 def parse_files(files: raw_files.AdapterFiles) -> StoredAdapter:

@@ -34,10 +34,9 @@ from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
-from loraloom.formats.experts import has_single_experts
+from loraloom.formats.experts import has_single_experts, read_stacks, stack_experts, write_stacks
 from loraloom.formats.fields import read_settings, write_fields
 from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
-from loraloom.formats.stacked import read_stacks, write_stacks
 
 # Version of what loraloom adds to files; those with a higher one are refused.
 RECORD_VERSION = 1
@@ -120,8 +119,12 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
             f"`bias` must be none, got {shown(files.config['bias'])}; train with bias='none', or "
             "merge the biases into the base model"
         )
+    files = _with_whole_tables(files)
     is_apart = has_single_experts(files)
-    files = read_stacks(_with_whole_tables(files))
+    if files.config.get("target_parameters"):
+        files = read_stacks(files)
+    elif is_apart:
+        files = stack_experts(files)
     tensors = _our_tensors(files, method)
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     paths = [f"{key.block}.{key.projection}" for key in keys if key.projection is not None]
