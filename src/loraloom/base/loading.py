@@ -134,7 +134,7 @@ def load_base_model(
             choice is not available on this machine.
         ConfigError: If a choice is unknown, or the library for quantization is not installed.
     """
-    place = find_device(device)
+    place = find_device(check_device(device))
     if attn_implementation is not None:
         _check_attn_implementation(attn_implementation)
     source, checkpoint = _find_checkpoint(name)
@@ -192,7 +192,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def find_device(name: str) -> torch.device:
-    if check_device(name) == "auto":
+    if name == "auto":
         return best_device()
     device = torch.device(name)
     count = count_devices(device.type)

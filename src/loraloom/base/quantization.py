@@ -104,9 +104,10 @@ def quantizing_experts() -> Iterator[None]:
 
 def warn_of_experts(name: str, model: nn.Module, quantization: str | None) -> None:
     """Warn where a quantization leaves the experts of a mixture in floating point."""
-    num_left = sum(w.numel() for path, w in model.named_parameters() if is_stack(model, path))
+    weights = dict(model.named_parameters())
+    num_left = sum(weights[path].numel() for path in weights if is_stack(model, path))
     if quantization is not None and num_left:
-        num_weights = num_parameters(model, quantized_weights(model).values())
+        num_weights = sum(weight.numel() for weight in weights.values())
         warnings.warn(
             f"quantization: {quantization} leaves the experts of {name} in floating point, "
             f"{num_left / num_weights:.0%} of all weights. Loading continues; for less "
