@@ -18,6 +18,7 @@ from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.errors import ConfigError, LoraloomError, shown
+from loraloom.formats.files import read_adapters
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import load_host
 from loraloom.generation.prompts import Prompt
@@ -80,7 +81,7 @@ def generate(
     """
     rows, prompts = zip(*_read(options), strict=True)
     num_done = _count_done(options, rows)
-    host, tokenizer = load_host(options, options.adapters)
+    host, tokenizer = load_host(options, read_adapters(options.adapters))
     form = given_form(tokenizer, options.template, options.chat_template)
     if form is None and not options.raw:
         tell_unknown_prompts(host, tokenizer)

@@ -21,7 +21,6 @@ from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.job import Job
@@ -222,7 +221,7 @@ def _form_warnings(start: StoredAdapter | None, form: PromptForm) -> Iterator[st
 
 def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> StoredAdapter:
     """Load the weights of an adapter, and return what was read."""
-    source = read_stored(find_adapter(path_or_hub_id))
+    source = read_stored(path_or_hub_id)
     stored_config, tensors = fit_to_base(source, host.base)
     job = _compatible_settings(adapter.config, host)
     stored = _compatible_settings(stored_config, host)
