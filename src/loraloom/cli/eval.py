@@ -125,7 +125,8 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
         evaluation.write(path)
     if run.per_question is not None:
         write_lines(run.per_question, evaluation.lines())
-    print_tables(make_console(), evaluation.tables())  # last: its reader may be gone
+    tables = evaluation.tables()
+    print_tables(make_console(), tables)  # last: its reader may be gone
 
 
 def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
