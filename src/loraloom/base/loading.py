@@ -135,8 +135,12 @@ def load_base_model(
         ConfigError: If a choice is unknown, or the library for quantization is not installed.
     """
     place = find_device(check_device(device))
-    if attn_implementation is not None:
-        _check_attn_implementation(attn_implementation)
+    # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
+    if attn_implementation not in (None, *get_args(AttnImplementation)):
+        raise ModelError(
+            f"attn_implementation must be one of {', '.join(get_args(AttnImplementation))}, got "
+            f"{shown(attn_implementation)}"
+        )
     source, checkpoint = _find_checkpoint(name)
     if sharded and (quantization is not None or checkpoint.get("quantization_config") is not None):
         raise ModelError(f"parallel.base: fsdp does not support quantized weights, got {name}")
@@ -160,15 +164,6 @@ def load_base_model(
     warn_of_experts(name, model, quantization)
     model.config.name_or_path = name
     return model, tokenizer
-
-
-def _check_attn_implementation(name: str) -> None:
-    # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
-    names = get_args(AttnImplementation)
-    if name not in names:
-        raise ModelError(
-            f"attn_implementation must be one of {', '.join(names)}, got {shown(name)}"
-        )
 
 
 def build_base_model(

@@ -56,7 +56,7 @@ class AdapterRegistry:
         self.hosted = Hosted()
         self.changing = threading.RLock()
         self._sums: dict[Weighted, WeightedSum] = {}
-        self.wiring = Wiring(model, self.base.layers_path, self.layers, structure.quantized)
+        self.wiring = Wiring(model, structure)
         self._detached = False
 
     def find(self, name: str) -> Adapter:

@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from loraloom.adapters.segment import FfnRows
-from loraloom.base.blocks import BaseLayer, Block, QuantizedWeight
+from loraloom.base.blocks import Block, QuantizedWeight
 from loraloom.base.quantization import is_linear
+from loraloom.base.structure import Structure
 from loraloom.errors import ModelError
 from loraloom.host.experts_block import ExpertsBlock
 from loraloom.host.extra_modules import own_outputs
@@ -257,14 +258,8 @@ class _ThroughWeight(torch.autograd.Function):
 class Wiring:
     """What a host changes on its base model, and how that is undone."""
 
-    def __init__(
-        self,
-        model: Any,
-        layers_path: str,
-        layers: Sequence[BaseLayer],
-        quantized: Sequence[QuantizedWeight],
-    ):
-        modules = model.get_submodule(layers_path).children()
+    def __init__(self, model: Any, structure: Structure):
+        modules = model.get_submodule(structure.info.layers_path).children()
         if any(isinstance(m.__dict__.get("forward"), DecoderLayer) for m in model.modules()):
             raise ModelError("the model is already attached; call detach() on its host first")
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -282,11 +277,11 @@ class Wiring:
             self.undo.callback(parameter.requires_grad_, parameter.requires_grad)
         model.eval()
         model.requires_grad_(False)
-        for weight in quantized:
+        for weight in structure.quantized:
             self._keep_layout(weight.linear)
             if is_linear(weight.linear):
                 self._replace_forward(weight.linear, QuantizedLinear(weight))
-        for layer, module in zip(layers, modules, strict=True):
+        for layer, module in zip(structure.layers, modules, strict=True):
             for block in layer.blocks:
                 self._wire(block, module.get_submodule(block.path))
             self._replace_forward(module, DecoderLayer(self, module))

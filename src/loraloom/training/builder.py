@@ -1,7 +1,7 @@
 """From a job's settings to an adapter with its data, and what jobs are measured on."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,26 +119,16 @@ class JobBuilder:
                 questions = {task: self._data.questions(task) for task in config.eval}
                 learner = Learner(adapter, config.train, make_scaler(host))
                 warnings = list(_form_warnings(start, form))
-                inputs = self._digests(training_set, questions.values(), reference)
+                inputs = {"examples": training_set.digest}
+                if questions:
+                    inputs["questions"] = " ".join(map(questions_digest, questions.values()))
+                if reference is not None and reference.adapter_name is not None:
+                    inputs["reference"] = adapter_digest(host.adapter(reference.adapter_name))
                 return Job(config, learner, training_set, reference, questions, inputs, warnings)
         except BaseException:
             for name in host.adapters.keys() - before:
                 host.remove(name)
             raise
-
-    def _digests(
-        self,
-        training_set: TrainingSet | StreamedSet,
-        questions: Iterable[list[ChoiceQuestion]],
-        reference: objectives.Reference | None,
-    ) -> dict[str, str]:
-        digests = {"examples": training_set.digest}
-        by_evaluation = [questions_digest(questions_of_task) for questions_of_task in questions]
-        if by_evaluation:
-            digests["questions"] = " ".join(by_evaluation)
-        if reference is not None and reference.adapter_name is not None:
-            digests["reference"] = adapter_digest(self._host.adapter(reference.adapter_name))
-        return digests
 
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
         """Measure jobs: `eval/loss` as a step would compute it, and `eval/<task>/accuracy`."""

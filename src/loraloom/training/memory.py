@@ -86,7 +86,12 @@ def predict_memory(run: RunConfig) -> RunMemory:
         )
     weights_bytes = predict_weight_bytes(model, run.quantization)
     host = attach(model)
-    kept = {job.name: _add_job(host, job) for job in run.first_jobs}
+    kept = {}
+    for job in run.first_jobs:
+        with naming(job):
+            adapter = host.add(job.name, job.adapter)
+            optimizers.check_settings(job.train, adapter)
+            kept[job.name] = kept_memory(job, adapter)
     batches, num_tokens = _fullest_round(host, run.first_jobs, run.max_tokens_per_step)
     try:
         with _attending_without_data():
@@ -100,13 +105,6 @@ def predict_memory(run: RunConfig) -> RunMemory:
         f"gradients and activations, {num_tokens:,} tokens": step_bytes,
     }
     return RunMemory(kept, parts)
-
-
-def _add_job(host: Host, job: JobConfig) -> KeptMemory:
-    with naming(job):
-        adapter = host.add(job.name, job.adapter)
-        optimizers.check_settings(job.train, adapter)
-        return kept_memory(job, adapter)
 
 
 def _fullest_round(
