@@ -101,9 +101,7 @@ def train(
     raise_failures(results)
 
 
-def _print_memory(
-    run: RunConfig, run_file: Path, overrides: Sequence[str], console: Console
-) -> None:
+def _print_memory(run: RunConfig, run_file: Path, overrides: Sets, console: Console) -> None:
     """Print the memory of a run, and the peaks of changed settings if a card is too small."""
     memory = predict_memory(run)
     for name, kept in memory.jobs.items():

@@ -92,7 +92,7 @@ def predict_memory(run: RunConfig) -> RunMemory:
             adapter = host.add(job.name, job.adapter)
             optimizers.check_settings(job.train, adapter)
             kept[job.name] = kept_memory(job, adapter)
-    batches, num_tokens = _fullest_round(host, run.first_jobs, run.max_tokens_per_step)
+    batches, num_tokens = _fullest_round(host, run)
     try:
         with _attending_without_data():
             step_bytes = peak_of_round(host, batches)
@@ -107,17 +107,15 @@ def predict_memory(run: RunConfig) -> RunMemory:
     return RunMemory(kept, parts)
 
 
-def _fullest_round(
-    host: Host, jobs: Sequence[JobConfig], max_tokens: int | None
-) -> tuple[list[MicroBatch], int]:
+def _fullest_round(host: Host, run: RunConfig) -> tuple[list[MicroBatch], int]:
     """Let the jobs with the most tokens take part, and set the host's checkpointing for them."""
     batches: list[MicroBatch] = []
     num_tokens = 0
     checkpointing = False
-    turns = [(job, longest_batch(host, job)) for job in jobs]
+    turns = [(job, longest_batch(host, job)) for job in run.first_jobs]
     for job, batch in sorted(turns, key=lambda turn: -turn[1].num_tokens):
         num_with_it = sum(lay_out([*batches, batch]).computed_tokens)
-        if not batches or max_tokens is None or num_with_it <= max_tokens:
+        if not batches or num_with_it <= (run.max_tokens_per_step or num_with_it):
             batches.append(batch)
             num_tokens = num_with_it
             checkpointing |= job.train.gradient_checkpointing
