@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.base.blocks import BaseProjection
-from loraloom.base.quantization import QuantizedLinear, quantized_weights
+from loraloom.base.quantization import quantized_weights
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.host.host import Host
+from loraloom.host.wiring import QuantizedLinear
 from tests.generation.saved import save_tiny
 from tests.tiny import (
     METHODS,

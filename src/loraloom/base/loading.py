@@ -21,13 +21,7 @@ from transformers.models.auto import configuration_auto, modeling_auto, tokeniza
 from transformers.utils import logging
 
 from loraloom.atomic_io import cache_directory, write_directory
-from loraloom.base.quantization import (
-    check_checkpoint,
-    check_quantization,
-    quantizing_experts,
-    transformers_config,
-    warn_of_experts,
-)
+from loraloom.base.quantization import choose_quantization, quantizing_experts, warn_of_experts
 from loraloom.base.sharding import sharded_class
 from loraloom.config.model import AttnImplementation, BaseDtype, check_device
 from loraloom.config.text import local_path
@@ -140,22 +134,23 @@ def load_base_model(
             choice is not available on this machine.
         ConfigError: If a choice is unknown, or the library for quantization is not installed.
     """
-    source = find_source(name)
-    place = find_device(device)
-    check_quantization(quantization)
-    if source.kind == "hub":
-        source = _ask_hub(source)
-    checkpoint = _read_config(source)
-    check_checkpoint(name, checkpoint, quantization)
+    place = find_device(check_device(device))
+    # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
+    if attn_implementation not in (None, *get_args(AttnImplementation)):
+        raise ModelError(
+            f"attn_implementation must be one of {', '.join(get_args(AttnImplementation))}, got "
+            f"{shown(attn_implementation)}"
+        )
+    source, checkpoint = _find_checkpoint(name)
     if sharded and (quantization is not None or checkpoint.get("quantization_config") is not None):
         raise ModelError(f"parallel.base: fsdp does not support quantized weights, got {name}")
     chosen = _find_dtype(dtype, checkpoint, place)
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
-        _check_attn_implementation(attn_implementation)
         options["attn_implementation"] = attn_implementation
-    if quantization is not None:
-        options["quantization_config"] = transformers_config(quantization, chosen)
+    quantization_config = choose_quantization(name, checkpoint, quantization, chosen)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     with quiet(), quantizing_experts():
         tokenizer = _load_tokenizer(name, source)
         with _raised_as_model_error(name, source):
@@ -165,29 +160,17 @@ def load_base_model(
                 config = _load_config(files)
                 auto = sharded_class(auto._model_mapping[type(config)], place)
             model = _read_model(name, auto, files, **options)
-    warn_of_experts(name, model, quantization)
     _check_tokenizer(name, model, tokenizer)
+    warn_of_experts(name, model, quantization)
     model.config.name_or_path = name
     return model, tokenizer
-
-
-def _check_attn_implementation(name: str) -> None:
-    # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
-    names = get_args(AttnImplementation)
-    if name not in names:
-        raise ModelError(
-            f"attn_implementation must be one of {', '.join(names)}, got {shown(name)}"
-        )
 
 
 def build_base_model(
     name: str, dtype: str, device: str, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Build a base model on the meta device, from its configuration alone."""
-    source = find_source(name)
-    if source.kind == "hub":
-        source = _ask_hub(source)
-    checkpoint = _read_config(source)
+    source, checkpoint = _find_checkpoint(name)
     # A card that this machine lacks computes in bfloat16, as the meta device.
     is_here = device in ("auto", "cpu") or count_devices(torch.device(device).type) > 0
     run_device = find_device(device) if is_here else torch.device("meta")
@@ -204,7 +187,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def find_device(name: str) -> torch.device:
-    if check_device(name) == "auto":
+    if name == "auto":
         return best_device()
     device = torch.device(name)
     count = count_devices(device.type)
@@ -216,14 +199,18 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _read_config(source: ModelSource) -> dict[str, Any]:
-    """Read a checkpoint's config.json; {} where it has none, or none that can be read."""
+def _find_checkpoint(name: str) -> tuple[ModelSource, dict[str, Any]]:
+    """Find a model's files, and read config.json; {} where there is none that can be read."""
+    source = find_source(name)
+    if source.kind == "hub":
+        source = _ask_hub(source)
+    checkpoint = {}  # loading raises what is wrong
     if source.gguf_file is None:
         with suppress(Exception):  # of whatever library
-            return PreTrainedConfig.get_config_dict(
+            checkpoint, _ = PreTrainedConfig.get_config_dict(
                 source.location, local_files_only=source.cached, trust_remote_code=False
-            )[0]
-    return {}  # loading raises what is wrong
+            )
+    return source, checkpoint
 
 
 def _load_config(source: ModelSource) -> PreTrainedConfig:

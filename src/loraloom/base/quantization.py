@@ -1,6 +1,6 @@
 """Base models in fewer bits: what this machine can do, and layers that a library keeps so.
 
-Axes: T tokens, I in_features, O out_features.
+Axes: I in_features, O out_features.
 
 Layers are recognized by their libraries' classes where these are loaded already; only a model that
 is to be quantized imports a library.
@@ -13,14 +13,13 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,33 +30,27 @@ from loraloom.config.model import Quantization
 from loraloom.errors import ConfigError, ModelError, shown
 
 
-def check_quantization(quantization: str | None) -> None:
-    """Find out whether a model can be quantized so, before anything is loaded."""
-    if quantization is None:
-        return
+def choose_quantization(
+    name: str, checkpoint: Mapping[str, Any], quantization: str | None, dtype: torch.dtype
+) -> QuantizationConfigMixin | None:
+    """Return how transformers is to quantize a checkpoint; None loads it as it is."""
     names = get_args(Quantization)
-    if quantization not in names:
+    if quantization is not None and quantization not in names:
         raise ConfigError(
             f"quantization must be one of {', '.join(names)}, got {shown(quantization)}"
             f"{did_you_mean(str(quantization), names)}"
         )
+    earlier = checkpoint.get("quantization_config")
+    if isinstance(earlier, dict):
+        method = str(earlier.get("quant_method", "a library that it doesn't name"))
+        if quantization is not None:
+            raise ConfigError(f"{name} is already quantized by {method}; remove quantization")
+        if method in ("bitsandbytes", "torchao"):
+            import_library(method, f"the quantized checkpoint {name}")
+    if quantization is None:
+        return None
     library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     import_library(library, "this quantization")
-
-
-def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str | None) -> None:
-    """Hold a checkpoint that may be quantized already against what is asked for."""
-    own = checkpoint.get("quantization_config")
-    if not isinstance(own, dict):
-        return
-    method = str(own.get("quant_method", "a library that it doesn't name"))
-    if quantization is not None:
-        raise ConfigError(f"{name} is already quantized by {method}; remove quantization")
-    if method in ("bitsandbytes", "torchao"):
-        import_library(method, f"the quantized checkpoint {name}")
-
-
-def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationConfigMixin:
     if dtype == torch.float64 and quantization != "int8":
         raise ModelError(f"{quantization} does not support dtype: float64; use float32")
     match quantization:
@@ -111,11 +104,13 @@ def quantizing_experts() -> Iterator[None]:
 
 def warn_of_experts(name: str, model: nn.Module, quantization: str | None) -> None:
     """Warn where a quantization leaves the experts of a mixture in floating point."""
-    num_left = sum(w.numel() for path, w in model.named_parameters() if is_stack(model, path))
+    weights = dict(model.named_parameters())
+    num_left = sum(weights[path].numel() for path in weights if is_stack(model, path))
     if quantization is not None and num_left:
+        num_weights = sum(weight.numel() for weight in weights.values())
         warnings.warn(
             f"quantization: {quantization} leaves the experts of {name} in floating point, "
-            f"{num_left / num_parameters(model):.0%} of all weights. Loading continues; for less "
+            f"{num_left / num_weights:.0%} of all weights. Loading continues; for less "
             "memory, pass quantization: nf4.",
             stacklevel=3,
         )
@@ -210,10 +205,10 @@ def name_of_weight(path: str) -> str:
     return f"{experts}.{parameter}" if is_stack else f"{path}.weight"
 
 
-def num_parameters(model: nn.Module) -> int:
+def num_parameters(model: nn.Module, quantized: Iterable[QuantizedWeight]) -> int:
     """Count a model's weights, quantized ones as the numbers that they stand for."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    for weight in quantized_weights(model).values():
+    for weight in quantized:
         module = weight.linear
         if isinstance(module, ParametrizationList):
             counts[id(module.original)] = _quant_state(module).shape.numel()  # before packing
@@ -243,44 +238,6 @@ def _in_4_bits(weight: Tensor) -> int:
     return weight.numel() // 2 + weight.numel() // 64  # a scale of 8 bits for each 64 numbers
 
 
-class QuantizedLinear:
-    """A quantized layer's forward; for the backward pass it keeps nothing but the layer."""
-
-    # As they come, LLM.int8 keeps its inputs, and torchao a dequantized copy of every weight.
-
-    def __init__(self, weight: QuantizedWeight):
-        self.weight = weight
-        self.base_forward = weight.linear.forward
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.base_forward(hidden_states)
-        if hidden_states.requires_grad:
-            return _ThroughWeight.apply(hidden_states, self)  # pyright: ignore
-        return self.output(hidden_states)
-
-    def output(self, hidden_states: Tensor) -> Tensor:
-        # LLM.int8 sets outliers in float16 to zero and back, which autograd would take for another
-        # input than others have kept; `data` has a version of its own. The output must be no view,
-        # as updates may change it in place, which autograd refuses of views made in functions.
-        output = self.base_forward(hidden_states.data)
-        return torch.ops.aten._unsafe_view(output, output.shape)
-
-
-class _ThroughWeight(torch.autograd.Function):
-    """y = layer(x) and ∂x = ∂y W, W being dequantized anew."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, layer):
-        ctx.weight = layer.weight
-        return layer.output(hidden_states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad @ ctx.weight.dequantized().to(grad.dtype), None
-
-
 def check_computes(weights: Mapping[str, QuantizedWeight]) -> None:
     """Refuse layers that their library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
     # Its kernel there begins a block of 64 numbers with every row.
@@ -296,20 +253,6 @@ def check_computes(weights: Mapping[str, QuantizedWeight]) -> None:
                 f"{name_of_weight(path).removesuffix('.weight')}; use torchao-int8, or an "
                 "accelerator"
             )
-
-
-def keep_layout(linear: Any) -> Callable[[], object]:
-    """Keep bitsandbytes from packing a 4-bit layer anew, and from a warning in each forward."""
-    # On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed
-    # form has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if not hasattr(linear, "support_avx512bf16_for_cpu"):
-        return lambda: None
-    before = linear.support_avx512bf16_for_cpu
-    linear.support_avx512bf16_for_cpu = False
-    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
-        linear.state_dict()  # unpacks the layer
-    return lambda: setattr(linear, "support_avx512bf16_for_cpu", before)
 
 
 def _is_computed_with(tensor: Tensor) -> bool:

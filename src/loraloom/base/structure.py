@@ -30,7 +30,13 @@ from loraloom.base.blocks import (
 )
 from loraloom.base.families import FfnNames
 from loraloom.base.fingerprint import fingerprint
-from loraloom.base.quantization import is_linear, num_parameters, quantized_weight
+from loraloom.base.quantization import (
+    check_computes,
+    is_linear,
+    num_parameters,
+    quantized_weight,
+    quantized_weights,
+)
 from loraloom.errors import ModelError, shown
 from loraloom.ops.gating import ActivationGating
 
@@ -45,13 +51,15 @@ class Structure:
     info: BaseInfo
     layers: Sequence[BaseLayer]
     head: Head  # from final hidden states, maybe by another linear layer, to logits
+    quantized: Sequence[QuantizedWeight]  # of all its linear layers and stacks
 
 
 def read_structure(model: nn.Module) -> Structure:
     """Read a causal LM's decoder layers, their blocks and its head.
 
     Raises:
-        ModelError: If it is compiled, no causal LM, or built in a way that is not known.
+        ModelError: If it is compiled, no causal LM, built in a way that is not known, or quantized
+            so that this machine computes it wrongly.
     """
     layers_path = find_layers(model)
     modules = list(model.get_submodule(layers_path).children())
@@ -60,7 +68,11 @@ def read_structure(model: nn.Module) -> Structure:
         _LayerReader(model, module, index).read(attention_path, groups)
         for index, module in enumerate(modules)
     ]
-    return Structure(_describe(model, layers_path, layers), layers, _head(model))
+    quantized = quantized_weights(model)
+    check_computes(quantized)
+    weights = [*quantized.values()]
+    head = _head(model)
+    return Structure(_describe(model, layers_path, layers, weights), layers, head, weights)
 
 
 def find_layers(model: nn.Module) -> str:
@@ -300,12 +312,18 @@ def _head(model: nn.Module) -> Head:
     return head
 
 
-def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -> BaseInfo:
+def _describe(
+    model: nn.Module,
+    layers_path: str,
+    layers: Sequence[BaseLayer],
+    quantized: Sequence[QuantizedWeight],
+) -> BaseInfo:
     config: Any = model.config
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
     blocks = describe_blocks(layers)
+    modules = _other_modules(model, layers_path, layers)
     projections = [projection for layer in layers for projection in layer.projections]
-    quantized = [base.quantized.kind for base in projections if base.quantized is not None]
+    kinds = [base.quantized.kind for base in projections if base.quantized is not None]
     paths = {id(module): path for path, module in model.named_modules()}
     adapted = {id(projection.linear) for projection in projections}
     other_names = {
@@ -321,11 +339,11 @@ def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -
         activation=_name_of_activation(model),
         num_layers=len(layers),
         hidden_size=layers[0].hidden_size,
-        num_parameters=num_parameters(model),
-        fingerprint=fingerprint(model, blocks, len(layers)),
+        num_parameters=num_parameters(model, quantized),
+        fingerprint=fingerprint(model, blocks, len(layers), quantized),
         # of the first; some may be left in floating point
-        quantization=quantized[0] if quantized else None,
-        modules=_other_modules(model, layers_path, layers),
+        quantization=kinds[0] if kinds else None,
+        modules=modules,
         embedding=paths[id(embedding)],
         head=paths[id(head)],
         ties_head=embedding.weight is head.weight,

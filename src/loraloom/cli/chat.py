@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, shown
+from loraloom.formats.files import read_adapters
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
 from loraloom.generation.loading import default_cache_tokens, load_host
@@ -60,7 +61,7 @@ def chat(
 
     Each adapter uses the prompt form of its training data, the base model its chat template.
     """
-    host, tokenizer = load_host(options, options.adapters)
+    host, tokenizer = load_host(options, read_adapters(options.adapters))
     _check_system(options, host, tokenizer)
     tell_unknown_prompts(host, tokenizer)
     names = [BASE, *options.names]

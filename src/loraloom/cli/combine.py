@@ -15,6 +15,7 @@ from loraloom.cli.init import ROW_FORMATS, infer_source
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, is_task
 from loraloom.errors import ConfigError
+from loraloom.formats.files import read_adapters
 from loraloom.formats.raw_files import refuse_to_overwrite
 from loraloom.generation.loading import load_host
 from loraloom.generation.router import RouterFit, fit_router
@@ -103,7 +104,7 @@ def combine(
         raise ConfigError(f"--weight must be NAME=NUMBER: {error}") from None
     if not options.overwrite:
         refuse_to_overwrite(output)
-    host, tokenizer = load_host(options, adapters)
+    host, tokenizer = load_host(options, read_adapters(adapters))
     combined = "combined"
     while combined in adapters:
         combined += "-"

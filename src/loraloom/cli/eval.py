@@ -24,9 +24,8 @@ from loraloom.eval.held_out import load_held_out
 from loraloom.eval.results import Evaluation, Fields, check_outputs, write_lines
 from loraloom.eval.score import Scorer
 from loraloom.eval.statistics import Pair, choose_pairs
-from loraloom.formats.files import read_stored
+from loraloom.formats.files import read_adapters
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.loading import load_host
 from loraloom.terminal import make_console, print_tables
 
@@ -116,7 +115,7 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
     prepare_output(run.per_question, "--per-question")
     pairs = choose_pairs(run.scored, run.compare)
     files = describe_adapters(run.adapters)
-    stored = {name: read_stored(find_adapter(path)) for name, path in run.adapters.items()}
+    stored = read_adapters(run.adapters)
     if run.harness:
         evaluation = _evaluate_harness(run, stored, files)
     else:
@@ -126,7 +125,8 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
         evaluation.write(path)
     if run.per_question is not None:
         write_lines(run.per_question, evaluation.lines())
-    print_tables(make_console(), evaluation.tables())  # last: its reader may be gone
+    tables = evaluation.tables()
+    print_tables(make_console(), tables)  # last: its reader may be gone
 
 
 def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
@@ -177,7 +177,8 @@ def _evaluate_harness(
     from loraloom.eval.harness.tasks import as_evaluation
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
-    tasks = load_tasks(_names(run.harness), run.harness_include)
+    names = _names(run.harness)
+    tasks = load_tasks(names, run.harness_include)
     host, tokenizer = load_host(run, stored)
     results = evaluate_adapters(
         host,

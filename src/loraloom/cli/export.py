@@ -10,6 +10,7 @@ from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig, Dtype
 from loraloom.errors import ConfigError
 from loraloom.exports import model as exporting
+from loraloom.formats.files import read_stored
 from loraloom.generation.loading import load_host
 
 
@@ -36,9 +37,8 @@ def export(adapter: str, *, options: Annotated[ExportOptions, Parameter(name="*"
     name = "adapter"
     with suppress(ConfigError):
         name = check_name(Path(adapter).name)
-    adapters = {name: adapter}
     model = options.model_copy(update={"dtype": "float32"})
-    host, tokenizer = load_host(model, adapters)
+    host, tokenizer = load_host(model, {name: read_stored(adapter)})
     written = exporting.export(
         host, tokenizer, name, options.output, options.to, dtype=options.dtype
     )

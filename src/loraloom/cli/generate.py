@@ -13,11 +13,12 @@ from typing_extensions import override
 from loraloom.adapters.weighted_sum import is_sum
 from loraloom.atomic_io import append_text, cut_torn_line, prepare_output
 from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
-from loraloom.config.text import parse_json
+from loraloom.config.text import local_path, parse_json
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
-from loraloom.errors import ConfigError, LoraloomError, shown
+from loraloom.errors import ConfigError, DataError, LoraloomError, shown
+from loraloom.formats.files import read_adapters
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import load_host
 from loraloom.generation.prompts import Prompt
@@ -80,7 +81,7 @@ def generate(
     """
     rows, prompts = zip(*_read(options), strict=True)
     num_done = _count_done(options, rows)
-    host, tokenizer = load_host(options, options.adapters)
+    host, tokenizer = load_host(options, read_adapters(options.adapters))
     form = given_form(tokenizer, options.template, options.chat_template)
     if form is None and not options.raw:
         tell_unknown_prompts(host, tokenizer)
@@ -121,7 +122,7 @@ def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
             yield row, Prompt(str(options.prompt), name, origin="--prompt")
         return
     answering = options.names or [None]
-    for row in read_rows(options.input):
+    for row in read_rows(local_path(options.input, "a data file", DataError)):
         # tables put a null where a row lacks a field of others
         is_plain = row.get("prompt") is not None
         if is_plain == (row.get("messages") is not None):

@@ -15,6 +15,7 @@ from loraloom.base.loading import find_device, load_base_model
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
 from loraloom.config.fields import checked
+from loraloom.config.model import check_device
 from loraloom.config.text import parse_yaml, read_text
 from loraloom.data import tiny_base
 from loraloom.data.templates import compile_template, render
@@ -59,7 +60,7 @@ def quickstart(
         device: Run on auto (an accelerator if available), cpu, cuda, cuda:0, xpu or mps.
     """
     console = make_console(soft_wrap=True)
-    find_device(device)  # one that isn't there is an error now, not minutes later
+    find_device(check_device(device))  # one that isn't there is an error now, not minutes later
     run = _run_config(output_dir, max_steps, device)
     RunDirectory(run.output_dir).check(resume=resume, overwrite=overwrite)
     _make_base(console, Path(run.base_model))

@@ -20,7 +20,7 @@ from loraloom.errors import ConfigError, TrainingError
 from loraloom.terminal import make_console, make_table, print_tables, show_bytes
 from loraloom.training import run as training
 from loraloom.training.job import JobResult
-from loraloom.training.memory import RunMemory, predict_memory
+from loraloom.training.memory import predict_memory
 from loraloom.training.reporting import Progress
 from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.watched_directory import WatchOptions
@@ -77,9 +77,9 @@ def train(
         run_file: YAML file with a base model and jobs.
     """
     console = make_console(quiet=training.read_launch().rank > 0)
-    if options.dry_run:
-        return _print_memory(run_file, overrides, console)
     run = load_run_config(run_file, overrides)
+    if options.dry_run:
+        return _print_memory(run, run_file, overrides, console)
     watch = None
     if options.watch is not None:
         watch = WatchOptions(options.watch, options.overwrite, options.watch_exit_when_idle)
@@ -101,9 +101,8 @@ def train(
     raise_failures(results)
 
 
-def _print_memory(run_file: Path, overrides: Sequence[str], console: Console) -> None:
+def _print_memory(run: RunConfig, run_file: Path, overrides: Sets, console: Console) -> None:
     """Print the memory of a run, and the peaks of changed settings if a card is too small."""
-    run = load_run_config(run_file, overrides)
     memory = predict_memory(run)
     for name, kept in memory.jobs.items():
         console.print(f"{name}: {kept}", soft_wrap=True)
@@ -112,20 +111,21 @@ def _print_memory(run_file: Path, overrides: Sequence[str], console: Console) ->
     for name, num_bytes in memory.parts.items():
         parts.add_row(name, show_bytes(num_bytes))
     cards = make_table("settings", values=["peak", *(f"{card} GB" for card in CARDS_GB)])
-    cards.add_row("as they are", *_fits(memory))
-    if "-" in _fits(memory):
+    fits = _fits(memory.peak_bytes)
+    cards.add_row("as they are", *fits)
+    if "-" in fits:
         for name, changes in _saving_changes(run).items():
             with suppress(ConfigError):  # of a method that needs more ranks
-                smaller = predict_memory(load_run_config(run_file, [*overrides, *changes]))
-                if smaller.peak_bytes < memory.peak_bytes:
-                    cards.add_row(name, *_fits(smaller))
+                smaller = load_run_config(run_file, [*overrides, *changes])
+                peak_bytes = predict_memory(smaller).peak_bytes
+                if peak_bytes < memory.peak_bytes:
+                    cards.add_row(name, *_fits(peak_bytes))
     print_tables(console, [parts, cards])
 
 
-def _fits(memory: RunMemory) -> list[str]:
-    peak = memory.peak_bytes
-    fits = ["fits" if peak <= USABLE_SHARE * card * 1e9 else "-" for card in CARDS_GB]
-    return [show_bytes(peak), *fits]
+def _fits(peak_bytes: int) -> list[str]:
+    fits = ["fits" if peak_bytes <= USABLE_SHARE * card * 1e9 else "-" for card in CARDS_GB]
+    return [show_bytes(peak_bytes), *fits]
 
 
 def _saving_changes(run: RunConfig) -> dict[str, list[str]]:

@@ -107,7 +107,6 @@ def fields_of_all(rows: Sequence[Row]) -> Row:
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
     """Yield a file's rows; a missing file raises at the call, not at the first row."""
-    path = local_path(path, "a data file", DataError)
     if not path.is_file():
         names = sorted(entry.name for entry in path.parent.glob("*"))
         listed = names_in(names, _MAX_NAMES) or "nothing"
@@ -332,7 +331,7 @@ class RowStream:
         self.sizes: Mapping[str, int] = {}
         if isinstance(location, Path):
             rows_of_file(location)  # is it there?
-            self.sizes = {location.name: location.expanduser().stat().st_size}
+            self.sizes = {location.name: location.stat().st_size}
             return
         self._table = _load_from_hub(location, split)
 

@@ -135,7 +135,8 @@ def _how_computed(host: Host) -> dict[str, Any]:
 def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
     described = {}
     for name, path in adapters.items():
-        files = [find_adapter(path) / file for file in ADAPTER_FILES]
+        directory = find_adapter(path)
+        files = [directory / file for file in ADAPTER_FILES]
         hashes = {file.name: sha256(file) for file in files if file.is_file()}
         described[name] = {"path": path, "sha256": hashes}
     return described

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import Scoring, SourceConfig, skills_lands
+from loraloom.config.data import Scoring, SourceConfig, check_task, skills_lands, task_name
 from loraloom.config.text import local_path
-from loraloom.data.tasks import QuestionSet, find_task, load_question_set
+from loraloom.data.tasks import QuestionSet, load_question_set
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import describe_adapters, describe_evaluation
 from loraloom.eval.generated_answers import AnswerSet, load_answer_set, score_answers
@@ -215,7 +215,7 @@ def load_question_sets(
         )
     if answer_sets and (scoring or data):
         raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answer_sets)}")
-    names = [find_task(task).name for task in tasks if task not in answer_sets]
+    names = [task_name(check_task(task)) for task in tasks if task not in answer_sets]
     reading = [name for name in names if not skills_lands(name)]  # others are generated
     if data is not None and len(reading) > 1:  # they must not all read the data of a single one
         missing = [name for name in reading if not (local_path(data, "data") / name).is_dir()]

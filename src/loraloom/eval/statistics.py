@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from loraloom.adapters.weighted_sum import is_sum
+from loraloom.config.text import local_path
 from loraloom.data.sources import Row, read_rows
 from loraloom.errors import AdapterError, ConfigError, DataError, shown
 from loraloom.eval.results import BASE, Fields, PairedComparison
@@ -325,7 +326,8 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     """
     from pandas import DataFrame
 
-    rows = [_read_answer(row) for path in paths for row in read_rows(Path(path))]
+    files = [local_path(path, "a data file", DataError) for path in paths]
+    rows = [_read_answer(row) for file in files for row in read_rows(file)]
     answers = DataFrame(rows, columns=_COLUMNS, dtype=object)
     return [_join(str(task), rows) for task, rows in answers.groupby("task", sort=False)]
 

@@ -17,10 +17,10 @@ from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, ModelError, shown
 from loraloom.formats.engines import engine_files, with_all_experts
-from loraloom.formats.fields import check_reference_holds
+from loraloom.formats.fields import TABLES
 from loraloom.formats.files import fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import StoredAdapter, render
-from loraloom.formats.raw_files import find_adapter, write_new
+from loraloom.formats.raw_files import write_new
 
 if TYPE_CHECKING:
     from loraloom.host.host import Host
@@ -74,7 +74,7 @@ def convert(
     files = render(config, tensors, base, prompt)
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
-        check_reference_holds(config)
+        _check_reference_holds(config)
         fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
         expert = fields.get("expert_lora")
         if expert and "lora_dropout" in expert:
@@ -83,6 +83,38 @@ def convert(
         files = replace(files, config=fields, metadata={})
     write_new(path, files, model_card(config, base, prompt=prompt), pickled=to == "reference")
     return config
+
+
+def _check_reference_holds(config: AdapterConfig) -> None:
+    """Raise an AdapterError if MoE-PEFT 2.0.2 has no such adapter."""
+    table = TABLES.get(config.peft_type)
+    settings = config.model_dump()
+    hint = ""
+    if table is None or table.moe_peft is None:
+        raise AdapterError(f"MoE-PEFT does not support {config.title}")
+    faults = {}
+    for name, value in table.moe_peft.items():
+        if settings[name] != value:
+            faults[name] = settings[name]
+    if settings.get("compat", "") is None:  # of methods that can be computed as MoE-PEFT does
+        if settings["temperature"] != 1:
+            faults["temperature"] = settings["temperature"]
+        if settings["routing"] == "switch":
+            faults["routing"] = settings["routing"]
+        if faults.keys() & {"temperature", "routing"}:
+            hint = "; --set compat=moe-peft makes it the adapter that MoE-PEFT computes"
+    for loras in (settings, settings.get("experts") or {}):
+        if not float(loras.get("alpha") or 1).is_integer():
+            faults["alpha"] = loras["alpha"]
+        if loras.get("weight_decomposition"):  # its files have no place for magnitudes
+            faults["weight_decomposition"] = True
+    if not isinstance(settings.get("num_experts", 0), int):
+        faults["num_experts"] = settings["num_experts"]
+    if any("." in target for target in config.target_modules):
+        faults["target_modules"] = config.target_modules
+    if faults:
+        text = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
+        raise AdapterError(f"MoE-PEFT 2.0.2 does not support {config.title} with {text}{hint}")
 
 
 def _read(
@@ -96,7 +128,7 @@ def _read(
         if getattr(config, "layers", None) == tuple(range(host.base.num_layers)):  # a pattern's
             config = config.model_copy(update={"layers": None})
         return config, adapter.tensors(), host.base, adapter.prompt
-    stored = read_stored(find_adapter(source), settings)
+    stored = read_stored(source, settings)
     base = _base_of(stored)
     config, tensors = fit_to_base(stored, base)
     if tensors.keys() != tensor_shapes(config, base).keys():

@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from loraloom import adapters
 from loraloom.adapters.contract import AdapterConfig, Targets
-from loraloom.adapters.extra_modules import OWN_FIELDS
+from loraloom.adapters.extra_modules import MODULES, OWN_FIELDS, own_parts
 from loraloom.adapters.lora import matches, pattern_value
-from loraloom.adapters.tensor_names import is_meant
+from loraloom.adapters.tensor_names import TensorKey, is_meant
 from loraloom.base.blocks import BaseInfo
-from loraloom.errors import AdapterError, shown
+from loraloom.config.fields import checked
+from loraloom.errors import FormatError, shown
 from loraloom.formats.raw_files import CONFIG_FILE, AdapterFiles
 
 Settings = dict[str, Any]
@@ -53,7 +56,31 @@ class _Table:
 _REQUIRED = ("r", "lora_alpha", "num_experts")
 
 
-def read_settings(
+def read_config(
+    files: AdapterFiles, method: type[AdapterConfig], tensors: Mapping[str, Tensor]
+) -> AdapterConfig:
+    """Read a method's configuration; `tensors`, by our keys, say what else is adapted."""
+    keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
+    paths = [f"{key.block}.{key.projection}" for key in keys if key.projection is not None]
+    settings = _read_settings(files, method, paths) | _own_settings(files, tensors)
+    return build_config(files, method, settings)
+
+
+def build_config(
+    files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
+) -> AdapterConfig:
+    """Make a method's configuration of settings in files, and of those that the user gives."""
+    merged = dict(settings)
+    for name, value in files.overrides.items():
+        if isinstance(settings.get(name), dict) and isinstance(value, Mapping):
+            merged[name] = {**settings[name], **value}  # sections are merged key by key
+        else:
+            merged[name] = value
+    origin = f"{CONFIG_FILE} with the given settings" if files.overrides else CONFIG_FILE
+    return checked(method, merged, FormatError, f"{files.source}: {origin} is not valid: ")
+
+
+def _read_settings(
     files: AdapterFiles, method: type[AdapterConfig], paths: Sequence[str]
 ) -> Settings:
     """Read a method's settings; the targets are those listed, and the projections with tensors."""
@@ -72,6 +99,25 @@ def read_settings(
             raise files.error(f"{CONFIG_FILE} lacks the required field `{name}`")
     settings = {"target_modules": targets} | _renamed(files.config, table.names)
     return settings | table.read(files) | extra
+
+
+def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> Settings:
+    """Read the settings of own modules; which ones they mean is told by tensors, if there are any.
+
+    PEFT saves embeddings and head without their being named where they were resized.
+    """
+    names = files.config.get("modules_to_save") or []
+    paths: dict[str, None] = {}
+    for key in tensors:
+        if key.startswith(MODULES):
+            paths[key.removeprefix(MODULES).rpartition(".")[0]] = None
+    named = [path for path in paths if any(is_meant(name, path) for name in names)]
+    if len(named) < len(paths):
+        # PEFT's names may be the ends of words
+        others = [name for name in names if not any(path.endswith(name) for path in paths)]
+        names = [*paths, *others]
+    settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}
+    return {name: value for name, value in settings.items() if value}
 
 
 def _renamed(fields: Settings, names: Mapping[str, str]) -> Settings:
@@ -98,6 +144,17 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
         if not fields.get(flag):
             fields.pop(flag, None)
     return fields | {"loraloom": {"adapter": _without_fields(table, config, settings)}}
+
+
+def write_own_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
+    """Write own modules; PEFT takes every module whose path ends so, even within a word."""
+    names = []
+    for path in own_parts(config, base).modules:
+        last = path.rpartition(".")[2]
+        is_only = sum(module.endswith(last) for module in base.modules) == 1
+        names.append(last if path in (base.embedding, base.head) and is_only else path)
+    fields = config.model_dump(mode="json", include={*OWN_FIELDS}) | {"modules_to_save": names}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _without_fields(table: _Table, config: AdapterConfig, settings: Settings) -> Settings:
@@ -380,35 +437,3 @@ TABLES: dict[str, _Table] = {
         read=_read_dynmole,
     ),
 }
-
-
-def check_reference_holds(config: AdapterConfig) -> None:
-    """Raise an AdapterError if MoE-PEFT 2.0.2 has no such adapter."""
-    table = TABLES.get(config.peft_type)
-    settings = config.model_dump()
-    hint = ""
-    if table is None or table.moe_peft is None:
-        raise AdapterError(f"MoE-PEFT does not support {config.title}")
-    faults = {}
-    for name, value in table.moe_peft.items():
-        if settings[name] != value:
-            faults[name] = settings[name]
-    if settings.get("compat", "") is None:  # of methods that can be computed as MoE-PEFT does
-        if settings["temperature"] != 1:
-            faults["temperature"] = settings["temperature"]
-        if settings["routing"] == "switch":
-            faults["routing"] = settings["routing"]
-        if faults.keys() & {"temperature", "routing"}:
-            hint = "; --set compat=moe-peft makes it the adapter that MoE-PEFT computes"
-    for loras in (settings, settings.get("experts") or {}):
-        if not float(loras.get("alpha") or 1).is_integer():
-            faults["alpha"] = loras["alpha"]
-        if loras.get("weight_decomposition"):  # its files have no place for magnitudes
-            faults["weight_decomposition"] = True
-    if not isinstance(settings.get("num_experts", 0), int):
-        faults["num_experts"] = settings["num_experts"]
-    if any("." in target for target in config.target_modules):
-        faults["target_modules"] = config.target_modules
-    if faults:
-        text = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
-        raise AdapterError(f"MoE-PEFT 2.0.2 does not support {config.title} with {text}{hint}")

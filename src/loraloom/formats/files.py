@@ -38,12 +38,20 @@ _KINDS = {"router": "router", "magnitude": "magnitudes"}
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    return fit_to_base(read_stored(raw_files.find_adapter(path_or_hub_id), settings), base)
+    return fit_to_base(read_stored(path_or_hub_id, settings), base)
 
 
-def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> StoredAdapter:
+def read_adapters(paths: Mapping[str, str]) -> dict[str, StoredAdapter]:
+    return {name: read_stored(path) for name, path in paths.items()}
+
+
+def read_stored(
+    path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
+) -> StoredAdapter:
     """Read an adapter as its files describe it, with no base model at hand."""
-    return parse_files(replace(raw_files.read_files(directory), overrides=settings or {}))
+    directory = raw_files.find_adapter(path_or_hub_id)
+    files = raw_files.read_files(directory)
+    return parse_files(replace(files, overrides=settings or {}))
 
 
 def parse_files(files: raw_files.AdapterFiles) -> StoredAdapter:

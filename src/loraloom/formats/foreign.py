@@ -26,8 +26,8 @@ from dataclasses import replace
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.adapters.extra_modules import OWN_FIELDS
 from loraloom.errors import shown
-from loraloom.formats.fields import LORA_FIELDS
-from loraloom.formats.layouts import StoredAdapter, build_config, parse
+from loraloom.formats.fields import LORA_FIELDS, build_config
+from loraloom.formats.layouts import StoredAdapter, parse
 from loraloom.formats.raw_files import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
 
 _STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}

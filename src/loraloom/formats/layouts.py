@@ -27,17 +27,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig
-from loraloom.adapters.extra_modules import MODULES, OWN_FIELDS, TOKENS, own_parts
+from loraloom.adapters.extra_modules import MODULES, TOKENS
 from loraloom.adapters.tensor_names import TensorKey, is_meant
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
-from loraloom.formats.experts import has_single_experts
-from loraloom.formats.fields import read_settings, write_fields
-from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
-from loraloom.formats.stacked import read_stacks, write_stacks
+from loraloom.formats.experts import has_single_experts, read_stacks, stack_experts, write_stacks
+from loraloom.formats.fields import read_config, write_fields, write_own_fields
+from loraloom.formats.raw_files import RECORD, AdapterFiles
 
 # Version of what loraloom adds to files; those with a higher one are refused.
 RECORD_VERSION = 1
@@ -120,17 +119,19 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
             f"`bias` must be none, got {shown(files.config['bias'])}; train with bias='none', or "
             "merge the biases into the base model"
         )
+    files = _with_whole_tables(files)
     is_apart = has_single_experts(files)
-    files = read_stacks(_with_whole_tables(files))
+    if files.config.get("target_parameters"):
+        files = read_stacks(files)
+    elif is_apart:
+        files = stack_experts(files)
     tensors = _our_tensors(files, method)
-    keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
-    paths = [f"{key.block}.{key.projection}" for key in keys if key.projection is not None]
-    settings = read_settings(files, method, paths) | _own_settings(files, tensors)
+    config = read_config(files, method, tensors)
     record = _record(files, method)
     name = str(files.config.get("base_model_name_or_path") or "")
     return StoredAdapter(
         layout=LABELS[method.layout],
-        config=build_config(files, method, settings),
+        config=config,
         tensors=tensors,
         base=record.base.model_copy(update={"name_or_path": plain(name) or None}),
         source=files.source,
@@ -158,7 +159,7 @@ def render(
         fields["loraloom"] = record | fields.get("loraloom", {})
     if config.layout == "reference" and not base.name_or_path:
         del fields["base_model_name_or_path"]
-    fields |= _own_fields(config, base)
+    fields |= write_own_fields(config, base)
     # PEFT would drop the record from the configuration.
     header = record if config.layout == "peft" else {}
     # transformers refuses a file without a format.
@@ -276,50 +277,6 @@ def _record(files: AdapterFiles, method: type[AdapterConfig]) -> AdapterRecord:
             f"{record.version}); upgrade loraloom"
         )
     return record
-
-
-def build_config(
-    files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
-) -> AdapterConfig:
-    """Make a method's configuration of settings in files, and of those that the user gives."""
-    merged = dict(settings)
-    for name, value in files.overrides.items():
-        if isinstance(settings.get(name), dict) and isinstance(value, Mapping):
-            merged[name] = {**settings[name], **value}  # sections are merged key by key
-        else:
-            merged[name] = value
-    origin = f"{CONFIG_FILE} with the given settings" if files.overrides else CONFIG_FILE
-    return checked(method, merged, FormatError, f"{files.source}: {origin} is not valid: ")
-
-
-def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the settings of own modules; which ones they mean is told by tensors, if there are any.
-
-    PEFT saves embeddings and head without their being named where they were resized.
-    """
-    names = files.config.get("modules_to_save") or []
-    paths: dict[str, None] = {}
-    for key in tensors:
-        if key.startswith(MODULES):
-            paths[key.removeprefix(MODULES).rpartition(".")[0]] = None
-    named = [path for path in paths if any(is_meant(name, path) for name in names)]
-    if len(named) < len(paths):
-        # PEFT's names may be the ends of words
-        others = [name for name in names if not any(path.endswith(name) for path in paths)]
-        names = [*paths, *others]
-    settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}
-    return {name: value for name, value in settings.items() if value}
-
-
-def _own_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
-    """Write these settings; PEFT takes every module whose path ends so, even within a word."""
-    names = []
-    for path in own_parts(config, base).modules:
-        last = path.rpartition(".")[2]
-        is_only = sum(module.endswith(last) for module in base.modules) == 1
-        names.append(last if path in (base.embedding, base.head) and is_only else path)
-    fields = config.model_dump(mode="json", include={*OWN_FIELDS}) | {"modules_to_save": names}
-    return {name: value for name, value in fields.items() if value}
 
 
 def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:

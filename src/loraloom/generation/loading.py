@@ -12,9 +12,7 @@ from loraloom.base.loading import load_base_model
 from loraloom.config.model import BaseModelConfig
 from loraloom.devices import free_device_bytes, has_separate_memory
 from loraloom.errors import ConfigError
-from loraloom.formats.files import read_stored
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.formats.raw_files import find_adapter
 from loraloom.host.decoding import SPARE_TOKENS
 from loraloom.host.host import Host, attach
 
@@ -23,15 +21,12 @@ CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def load_host(
     model: BaseModelConfig,
-    adapters: Mapping[str, str | StoredAdapter],
+    adapters: Mapping[str, StoredAdapter],
     *,
     device: str | None = None,
     sharded: bool = False,
 ) -> tuple[Host, PreTrainedTokenizerBase]:
-    stored = {}  # first, as the base model takes long
-    for name, source in adapters.items():
-        is_read = isinstance(source, StoredAdapter)
-        stored[name] = source if is_read else read_stored(find_adapter(source))
+    """Load a base model, which takes long, and put adapters on it that were read before."""
     base, tokenizer = load_base_model(
         model.base_model,
         model.dtype,
@@ -41,7 +36,7 @@ def load_host(
         sharded=sharded,
     )
     host = attach(base)
-    for name, adapter in stored.items():
+    for name, adapter in adapters.items():
         host.load_stored(name, adapter)
     return host, tokenizer
 

@@ -24,7 +24,6 @@ from loraloom.distributed import Alone, Ranks
 from loraloom.errors import ModelError, names_in
 from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.formats.raw_files import find_adapter
 from loraloom.host.choice import Choice, choose
 from loraloom.host.decoding import Decoding, Sessions
 from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput
@@ -174,7 +173,7 @@ class Host:
             FormatError: If the files cannot be read.
             AdapterError: If the adapter does not fit the base model, or the name is taken.
         """
-        return self.load_stored(name, read_stored(find_adapter(path_or_hub_id), settings))
+        return self.load_stored(name, read_stored(path_or_hub_id, settings))
 
     def load_stored(self, name: str, stored: StoredAdapter) -> Adapter:
         """Load an adapter from files that were read; errors as in `load`."""

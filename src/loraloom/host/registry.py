@@ -23,7 +23,6 @@ from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, shown
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.formats.raw_files import find_adapter
 from loraloom.host.extra_modules import build_own_modules
 from loraloom.host.layout import RowAdapter, RowAdapters, name_and_scale
 from loraloom.host.prepared_weights import ScaledAdapter
@@ -57,7 +56,7 @@ class AdapterRegistry:
         self.hosted = Hosted()
         self.changing = threading.RLock()
         self._sums: dict[Weighted, WeightedSum] = {}
-        self.wiring = Wiring(model, self.base.layers_path, self.layers)
+        self.wiring = Wiring(model, structure)
         self._detached = False
 
     def find(self, name: str) -> Adapter:
@@ -104,7 +103,7 @@ class AdapterRegistry:
         if name in adapters and (not slash or adapters[name].members):
             adapter = self.get(source)
             return adapter.config, adapter.prompt, adapter.tensors()
-        stored = read_stored(find_adapter(source))
+        stored = read_stored(source)
         config, tensors = fit_to_base(stored, self.base)
         return config, stored.prompt, tensors
 

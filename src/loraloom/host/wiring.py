@@ -12,15 +12,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from logging import ERROR, getLogger
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from loraloom.adapters.segment import FfnRows
-from loraloom.base import quantization
-from loraloom.base.blocks import BaseLayer, Block
+from loraloom.base.blocks import Block, QuantizedWeight
+from loraloom.base.quantization import is_linear
+from loraloom.base.structure import Structure
 from loraloom.errors import ModelError
 from loraloom.host.experts_block import ExpertsBlock
 from loraloom.host.extra_modules import own_outputs
@@ -214,11 +217,49 @@ class OwnedModule:
         return layout.join(parts)
 
 
+class QuantizedLinear:
+    """A quantized layer's forward; for the backward pass it keeps nothing but the layer."""
+
+    # As they come, LLM.int8 keeps its inputs, and torchao a dequantized copy of every weight.
+
+    def __init__(self, weight: QuantizedWeight):
+        self.weight = weight
+        self.base_forward = weight.linear.forward
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.base_forward(hidden_states)
+        if hidden_states.requires_grad:
+            return _ThroughWeight.apply(hidden_states, self)  # pyright: ignore
+        return self.output(hidden_states)
+
+    def output(self, hidden_states: Tensor) -> Tensor:
+        # LLM.int8 sets outliers in float16 to zero and back, which autograd would take for another
+        # input than others have kept; `data` has a version of its own. The output must be no view,
+        # as updates may change it in place, which autograd refuses of views made in functions.
+        output = self.base_forward(hidden_states.data)
+        return torch.ops.aten._unsafe_view(output, output.shape)
+
+
+class _ThroughWeight(torch.autograd.Function):
+    """y = layer(x) and ∂x = ∂y W, W being dequantized anew."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, layer):
+        ctx.weight = layer.weight
+        return layer.output(hidden_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ ctx.weight.dequantized().to(grad.dtype), None
+
+
 class Wiring:
     """What a host changes on its base model, and how that is undone."""
 
-    def __init__(self, model: Any, layers_path: str, layers: Sequence[BaseLayer]):
-        modules = model.get_submodule(layers_path).children()
+    def __init__(self, model: Any, structure: Structure):
+        modules = model.get_submodule(structure.info.layers_path).children()
         if any(isinstance(m.__dict__.get("forward"), DecoderLayer) for m in model.modules()):
             raise ModelError("the model is already attached; call detach() on its host first")
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -227,8 +268,6 @@ class Wiring:
                 f"model must be on one device, got parts on {', '.join(devices)}; load the model "
                 "on one device (device_map={'': 0} for example), quantized if necessary"
             )
-        quantized = quantization.quantized_weights(model)
-        quantization.check_computes(quantized)
         self._model = model
         self._blocks: dict[nn.Module, FfnBlock | ExpertsBlock] = {}
         self.undo = ExitStack()
@@ -238,16 +277,29 @@ class Wiring:
             self.undo.callback(parameter.requires_grad_, parameter.requires_grad)
         model.eval()
         model.requires_grad_(False)
-        for weight in quantized.values():
-            self.undo.callback(quantization.keep_layout(weight.linear))
-            if quantization.is_linear(weight.linear):
-                self._replace_forward(weight.linear, quantization.QuantizedLinear(weight))
-        for layer, module in zip(layers, modules, strict=True):
+        for weight in structure.quantized:
+            self._keep_layout(weight.linear)
+            if is_linear(weight.linear):
+                self._replace_forward(weight.linear, QuantizedLinear(weight))
+        for layer, module in zip(structure.layers, modules, strict=True):
             for block in layer.blocks:
                 self._wire(block, module.get_submodule(block.path))
             self._replace_forward(module, DecoderLayer(self, module))
         head = model.get_output_embeddings()
         self.undo.callback(head.register_forward_pre_hook(_contiguous_input).remove)
+
+    def _keep_layout(self, linear: Any) -> None:
+        """Keep bitsandbytes from packing a 4-bit layer anew, and from a warning in each forward."""
+        # On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed
+        # form has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
+        getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
+        if not hasattr(linear, "support_avx512bf16_for_cpu"):
+            return
+        before = linear.support_avx512bf16_for_cpu
+        self.undo.callback(setattr, linear, "support_avx512bf16_for_cpu", before)
+        linear.support_avx512bf16_for_cpu = False
+        if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+            linear.state_dict()  # unpacks the layer
 
     def _wire(self, block: Block, module: nn.Module) -> None:
         if block.gating is not None:

@@ -21,7 +21,6 @@ from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.layouts import StoredAdapter
-from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.job import Job
@@ -120,20 +119,16 @@ class JobBuilder:
                 questions = {task: self._data.questions(task) for task in config.eval}
                 learner = Learner(adapter, config.train, make_scaler(host))
                 warnings = list(_form_warnings(start, form))
-                return Job(config, learner, training_set, reference, questions, warnings)
+                inputs = {"examples": training_set.digest}
+                if questions:
+                    inputs["questions"] = " ".join(map(questions_digest, questions.values()))
+                if reference is not None and reference.adapter_name is not None:
+                    inputs["reference"] = adapter_digest(host.adapter(reference.adapter_name))
+                return Job(config, learner, training_set, reference, questions, inputs, warnings)
         except BaseException:
             for name in host.adapters.keys() - before:
                 host.remove(name)
             raise
-
-    def input_digests(self, job: Job) -> dict[str, str]:
-        digests = {"examples": job.training_set.digest}
-        if job.config.eval:
-            by_evaluation = [questions_digest(questions) for questions in job.questions.values()]
-            digests["questions"] = " ".join(by_evaluation)
-        if job.reference is not None and job.reference.adapter_name is not None:
-            digests["reference"] = adapter_digest(self._host.adapter(job.reference.adapter_name))
-        return digests
 
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
         """Measure jobs: `eval/loss` as a step would compute it, and `eval/<task>/accuracy`."""
@@ -222,7 +217,7 @@ def _form_warnings(start: StoredAdapter | None, form: PromptForm) -> Iterator[st
 
 def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> StoredAdapter:
     """Load the weights of an adapter, and return what was read."""
-    source = read_stored(find_adapter(path_or_hub_id))
+    source = read_stored(path_or_hub_id)
     stored_config, tensors = fit_to_base(source, host.base)
     job = _compatible_settings(adapter.config, host)
     stored = _compatible_settings(stored_config, host)

@@ -41,7 +41,7 @@ class JobRecord:
     metrics_bytes: int = 0  # length of its metrics.jsonl at that moment
     sha256: str | None = None  # of its file; None before the first step and after the end
     joined_later: bool = False  # it is none of the run file's
-    inputs: dict[str, str] = field(default_factory=dict)  # see `JobBuilder.input_digests`
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of what the job reads
     result: JobResult | None = None  # None while it trains
     __pydantic_config__ = _CHECKED
 

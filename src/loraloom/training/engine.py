@@ -263,7 +263,7 @@ class Engine:
         changed = []
         for job in self.jobs.values():
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
-            for name, digest in self.builder.input_digests(job).items():
+            for name, digest in job.inputs.items():
                 if saved.get(name, digest) != digest:
                     changed.append(f"job {job.name}: {name}")
         if changed:
@@ -354,9 +354,8 @@ class Engine:
 
     def _enter(self, job: Job, *, joined_later: bool = False) -> None:
         self.jobs[job.name] = job
-        inputs = self.builder.input_digests(job)
         settings = job.config.model_dump(mode="json")
-        record = checkpoints.JobRecord(settings, joined_later=joined_later, inputs=inputs)
+        record = checkpoints.JobRecord(settings, joined_later=joined_later, inputs=job.inputs)
         self._records[job.name] = record
 
 

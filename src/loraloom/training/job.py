@@ -57,6 +57,7 @@ class Job:
         training_set: TrainingSet | StreamedSet,
         reference: Reference | None = None,
         questions: Mapping[EvaluationConfig, list[ChoiceQuestion]] | None = None,
+        inputs: Mapping[str, str] | None = None,  # digests of what it reads
         warnings: Sequence[str] = (),  # of what it starts from
     ):
         self.config = config
@@ -66,6 +67,7 @@ class Job:
         self.training_set = training_set
         self.reference = reference
         self.questions = questions or {}
+        self.inputs = dict(inputs or {})
         self.warnings = warnings
         self.objective = build_objective(config.train.objective)
         self.order: batch.StepOrder | batch.StreamOrder

@@ -5,7 +5,7 @@ accelerator, and a step runs there on rows as long as the settings allow.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ from loraloom.errors import ConfigError, ModelError
 from loraloom.host.host import Host, attach
 from loraloom.terminal import show_bytes
 from loraloom.training.builder import naming
-from loraloom.training.rounds import num_bytes
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step import optimizers
 from loraloom.training.step.batch import MicroBatch, Window, lay_out
@@ -59,8 +58,8 @@ class RunMemory(NamedTuple):
         return sum(self.parts.values())
 
 
-def _num_adapter_bytes(adapter: Adapter) -> int:
-    return sum(weight.nbytes for weight in adapter.parameters())
+def _num_bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.nbytes for weight in weights)
 
 
 def kept_memory(job: JobConfig, adapter: Adapter) -> KeptMemory:
@@ -68,8 +67,8 @@ def kept_memory(job: JobConfig, adapter: Adapter) -> KeptMemory:
     trained = [weight for weight in adapter.parameters() if weight.requires_grad]
     return KeptMemory(
         num_trained=optimizers.count_trained(job.train, adapter),
-        adapter_bytes=_num_adapter_bytes(adapter),
-        optimizer_bytes=optimizers.state_bytes(job.train, trained) + num_bytes([adapter]),
+        adapter_bytes=_num_bytes(adapter.parameters()),
+        optimizer_bytes=optimizers.state_bytes(job.train, trained) + _num_bytes(trained),
     )
 
 
@@ -87,42 +86,41 @@ def predict_memory(run: RunConfig) -> RunMemory:
         )
     weights_bytes = predict_weight_bytes(model, run.quantization)
     host = attach(model)
-    kept = {job.name: _add_job(host, job) for job in run.first_jobs}
-    batches = _fullest_round(host, run)
+    kept = {}
+    for job in run.first_jobs:
+        with naming(job):
+            adapter = host.add(job.name, job.adapter)
+            optimizers.check_settings(job.train, adapter)
+            kept[job.name] = kept_memory(job, adapter)
+    batches, num_tokens = _fullest_round(host, run)
     try:
         with _attending_without_data():
             step_bytes = peak_of_round(host, batches)
     except NotImplementedError as error:
         raise ModelError(f"--dry-run does not support {run.base_model}: {error}") from error
-    num_tokens = sum(lay_out(batches).computed_tokens)
     parts = {
         f"base model, {run.quantization or str(host.dtype).removeprefix('torch.')}": weights_bytes,
-        "adapters": sum(map(_num_adapter_bytes, host.adapters.values())),  # references too
+        "adapters": sum(_num_bytes(adapter.parameters()) for adapter in host.adapters.values()),
         "optimizers": sum(job.optimizer_bytes for job in kept.values()),
         f"gradients and activations, {num_tokens:,} tokens": step_bytes,
     }
     return RunMemory(kept, parts)
 
 
-def _add_job(host: Host, job: JobConfig) -> KeptMemory:
-    with naming(job):
-        adapter = host.add(job.name, job.adapter)
-        optimizers.check_settings(job.train, adapter)
-        return kept_memory(job, adapter)
-
-
-def _fullest_round(host: Host, run: RunConfig) -> list[MicroBatch]:
+def _fullest_round(host: Host, run: RunConfig) -> tuple[list[MicroBatch], int]:
     """Let the jobs with the most tokens take part, and set the host's checkpointing for them."""
     batches: list[MicroBatch] = []
+    num_tokens = 0
     checkpointing = False
     turns = [(job, longest_batch(host, job)) for job in run.first_jobs]
     for job, batch in sorted(turns, key=lambda turn: -turn[1].num_tokens):
-        num_tokens = sum(lay_out([*batches, batch]).computed_tokens)
-        if not batches or num_tokens <= (run.max_tokens_per_step or num_tokens):
+        num_with_it = sum(lay_out([*batches, batch]).computed_tokens)
+        if not batches or num_with_it <= (run.max_tokens_per_step or num_with_it):
             batches.append(batch)
+            num_tokens = num_with_it
             checkpointing |= job.train.gradient_checkpointing
     host.enable_gradient_checkpointing(checkpointing)
-    return batches
+    return batches, num_tokens
 
 
 def longest_batch(host: Host, job: JobConfig) -> MicroBatch:

@@ -4,13 +4,12 @@ A job that is alone when memory runs out has its micro-batch halved, example by 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from loraloom import devices
-from loraloom.adapters.contract import Adapter
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.host.host import Host
 from loraloom.training.job import Job
@@ -49,7 +48,10 @@ class RoundRunner:
                 "max_tokens_per_step"
             )
         devices.limit_memory(device, limit)
-        reserve = _LEARNING_COPIES * num_bytes(self.host.adapters.values())
+        reserve = 0
+        for adapter in self.host.adapters.values():
+            trained = [weight for weight in adapter.parameters() if weight.requires_grad]
+            reserve += _LEARNING_COPIES * sum(weight.nbytes for weight in trained)
         used = torch.accelerator.memory_allocated(device) + reserve
         if used >= limit:
             raise ConfigError(
@@ -174,10 +176,3 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
         if not chosen or sum(lay_out(batches).computed_tokens) <= max_tokens:
             chosen.append(turn)
     return [turn for turn in turns if turn in chosen]
-
-
-def num_bytes(adapters: Iterable[Adapter]) -> int:
-    total = 0
-    for adapter in adapters:
-        total += sum(weight.nbytes for weight in adapter.parameters() if weight.requires_grad)
-    return total

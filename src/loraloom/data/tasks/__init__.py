@@ -81,11 +81,11 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 
 
 def find_task(name: str) -> ChoiceTask:
-    if is_task_file(check_task(name)):
+    if is_task_file(name):
         return _load_task(local_path(name, "a task's file"))
     lands = skills_lands(name)
     if lands is None:
-        return _built_in(name)
+        return _built_in(check_task(name))
     return replace(_built_in("skills"), name=name, source=partial(generate_skills, **lands))
 
 

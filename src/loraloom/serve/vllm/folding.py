@@ -25,7 +25,6 @@ from loraloom.base.blocks import BaseLayer, BaseProjection
 from loraloom.base.structure import read_structure
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.files import fit_to_base, read_stored
-from loraloom.formats.raw_files import find_adapter
 
 # The largest top_k of a mixture; FFN blocks compute this many experts of each token.
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"
@@ -54,7 +53,7 @@ class Folder:
         self._layers = [_weightless(layer) for layer in structure.layers]
 
     def fold(self, path: str | Path) -> FoldedAdapter:
-        stored = read_stored(find_adapter(path))
+        stored = read_stored(path)
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         # the base's weights aren't here to be compared with those it was trained on
         stored = replace(stored, base=stored.base.model_copy(update={"fingerprint": None}))

@@ -21,7 +21,6 @@ from vllm.model_executor.models import gemma2, llama, mistral, qwen2  # pyright:
 
 from loraloom.errors import FormatError, LoraloomError
 from loraloom.formats.files import read_stored
-from loraloom.formats.raw_files import find_adapter
 from loraloom.serve.vllm.folding import PIECES, Folder, fitting_rank, max_top_k, needs_folding
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 
@@ -98,7 +97,7 @@ def _with_folding(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_adapter(self: Any, request: Any) -> Any:
         try:
-            config = read_stored(find_adapter(request.lora_path)).config
+            config = read_stored(request.lora_path).config
         except FormatError:  # nothing of ours
             return load(self, request)
         if needs_folding(config):

@@ -83,6 +83,7 @@ def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
     inputs_of_rows = [example_row(join_samples(samples)) for samples in layout.samples]
     adapters = [batch.adapter.name for batch, _ in layout.flat]
     is_packed = any(len(samples) > 1 for samples in layout.samples)
+    adapters_of_labels = owners(inputs_of_rows, adapters)
     inputs = collate(inputs_of_rows, host.dtype, host.device, pad_id)
     attention_mask: Tensor | None = inputs.attention_mask
     lengths = None
@@ -98,7 +99,7 @@ def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
         training=True,
     )
     states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
-    losses = host.token_losses(states, inputs.targets, owners(inputs_of_rows, adapters))  # (N,)
+    losses = host.token_losses(states, inputs.targets, adapters_of_labels)  # (N,)
     split_losses = layout.split_losses(losses)
     num_tokens = layout.computed_tokens
     shares = []
