@@ -58,16 +58,13 @@ def test_the_settings_of_every_method_are_exported():
     assert {config.__name__ for config in adapters.CONFIGS} <= set(loraloom.__all__)
 
 
-def test_the_package_and_its_errors_load_nothing_heavy_and_at_once():
+def test_the_package_and_its_errors_load_nothing_heavy():
     code = (
-        "import sys, time; start = time.perf_counter(); import loraloom;"
-        "seconds = time.perf_counter() - start;"
-        "import json; loraloom.ConfigError; print(json.dumps([seconds, sorted(sys.modules)]))"
+        "import json, sys, loraloom; loraloom.ConfigError; print(json.dumps(sorted(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, modules = json.loads(ran.stdout)
+    modules = json.loads(ran.stdout)
     assert not {"torch", "transformers", "pydantic", "datasets", "numpy"} & set(modules)
-    assert seconds < 0.1
 
 
 @pytest.mark.parametrize(
