@@ -67,8 +67,7 @@ def test_decompose_gradcheck():
 
 
 def norms_of(weight, lora_A, lora_B, scaling):
-    products = weight @ lora_A.flatten(0, 1).T
-    return dora_norms(products, weight.square().sum(1), lora_A, lora_B, scaling)
+    return dora_norms(weight @ lora_A.mT, weight.square().sum(-1), lora_A, lora_B, scaling)
 
 
 @pytest.mark.parametrize("num_experts", [1, 3])
@@ -77,6 +76,14 @@ def test_dora_norms_are_those_of_the_dense_weight(num_experts):
     lora_A, lora_B = leaf(num_experts, 2, 5), leaf(num_experts, 6, 2)
     dense = weight + scaling * lora_B @ lora_A
     norms = norms_of(weight, lora_A, lora_B, scaling)
+    torch.testing.assert_close(norms, dense.norm(dim=-1), rtol=1e-12, atol=1e-12)
+
+
+def test_dora_norms_of_stacks_are_those_of_each_dense_weight():
+    weights = leaf(3, 6, 5)
+    lora_A, lora_B = leaf(2, 3, 2, 5), leaf(2, 3, 6, 2)
+    dense = weights + 0.7 * lora_B @ lora_A
+    norms = norms_of(weights, lora_A, lora_B, 0.7)
     torch.testing.assert_close(norms, dense.norm(dim=-1), rtol=1e-12, atol=1e-12)
 
 
@@ -90,8 +97,8 @@ def test_dora_norms_of_a_bfloat16_base_are_near_the_exact_ones():
     weight, lora_A, lora_B = torch.randn(64, 48), torch.randn(2, 4, 48) / 7, torch.randn(2, 64, 4)
     rounded = weight.bfloat16()
     exact = (rounded.double() + 2 * lora_B.double() @ lora_A.double()).norm(dim=-1)
-    products = rounded @ lora_A.flatten(0, 1).bfloat16().T
-    norms = dora_norms(products, rounded.float().square().sum(1), lora_A, lora_B, 2.0)
+    cross = rounded @ lora_A.bfloat16().mT
+    norms = dora_norms(cross, rounded.float().square().sum(1), lora_A, lora_B, 2.0)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), exact, rtol=5e-3, atol=0)
 

@@ -83,9 +83,10 @@ class LoraProjection(Projection):
 
     def _norms(self) -> Tensor:
         """‖W + sBA‖ of each output row, [M, O]; of stacks, [G, O]."""
-        product = self.base.product(self.lora_A.flatten(0, 1))
+        product = self.base.product(self.lora_A.flatten(0, 1))  # (O, S)
+        cross = product.unflatten(1, self.lora_A.shape[:2]).transpose(0, 1)
         squares = self.base.squared_norms
-        return dora_norms(product, squares, self.lora_A, self._all_B(), self.config.scaling)
+        return dora_norms(cross, squares, self.lora_A, self._all_B(), self.config.scaling)
 
     def _all_B(self) -> Tensor:
         """B of the update; a subclass may have more than B in it."""
@@ -147,20 +148,15 @@ class StackedLoraProjection(LoraProjection):
         return scaled.to(dtype).transpose(1, 2)
 
     def _norms(self) -> Tensor:
-        scaling = self.config.scaling
         squares = self.base.squared_norms  # (E, O)
         if self.kept is not None:
             squares = squares[self.kept]
-        all_A = self.lora_A.expand(-1, len(squares), -1, -1)
-        all_B = self.lora_B.expand(-1, len(squares), -1, -1)
-        norms = []
-        for lora_A, lora_B in zip(all_A, all_B, strict=True):
-            products = self.base.product(lora_A, self.kept)  # (E, O, R)
-            for expert, square in enumerate(squares):
-                expert_A = lora_A[expert].unsqueeze(0)
-                expert_B = lora_B[expert].unsqueeze(0)
-                norms += dora_norms(products[expert], square, expert_A, expert_B, scaling)
-        return torch.stack(norms)
+        shape = (-1, len(squares), -1, -1)
+        lora_A = self.lora_A.expand(shape)
+        lora_B = self.lora_B.expand(shape)
+        product = self.base.product(lora_A.transpose(0, 1).flatten(1, 2), self.kept)  # (E, O, M·R)
+        cross = product.unflatten(2, (len(lora_A), -1)).permute(2, 0, 1, 3)
+        return dora_norms(cross, squares, lora_A, lora_B, self.config.scaling).flatten(0, 1)
 
     def of_each_expert(self, values: Tensor, blank: float = 0.0) -> Tensor:
         """Give each of the base's experts what it has in [H, …], or what all share in [1, …]."""

@@ -232,22 +232,19 @@ def scale_update(
 
 
 def dora_norms(
-    products: Float[Tensor, "O S"],
-    squared_norms: Float[Tensor, " O"],
-    lora_A: Float[Tensor, "E R I"],
-    lora_B: Float[Tensor, "E O R"],
+    cross: Float[Tensor, "*E O R"],
+    squared_norms: Float[Tensor, "... O"],
+    lora_A: Float[Tensor, "*E R I"],
+    lora_B: Float[Tensor, "*E O R"],
     scaling: float,
-) -> Float[Tensor, "E O"]:
+) -> Float[Tensor, "*E O"]:
     """Compute the row norms of `W + s B_e A_e` for every expert without the dense product.
 
-    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B), from
-    `products`, W Aᵀ of all experts' A side by side, and `squared_norms`, the frozen ‖W‖² by row.
+    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B), from `cross`, W A_eᵀ, and
+    `squared_norms`, the frozen ‖W‖² by row.
     """
-    num_experts, rank, _ = lora_A.shape
-    cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank))
-    cross = cross.transpose(0, 1)  # (E, O, R)
-    gram = lora_A @ lora_A.transpose(1, 2)  # (E, R, R)
-    factor = 2 * scaling * cross + scaling**2 * lora_B @ gram  # (E, O, R)
+    gram = lora_A @ lora_A.mT  # (*E, R, R)
+    factor = 2 * scaling * cross.to(lora_A.dtype) + scaling**2 * lora_B @ gram  # (*E, O, R)
     squared = squared_norms + (lora_B * factor).sum(-1)
     # Where an update cancels a row of W, rounding may leave less than nothing of it.
     return squared.clamp_min(0).sqrt()
