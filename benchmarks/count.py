@@ -157,15 +157,18 @@ class Count:
 
 def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:
     """Count a step of a whole model."""
-    return count_model(lambda model: _make_step(case, model, setting, lora_rank), shape)
+
+    def make_step(num_layers: int) -> Callable[[], object]:
+        model = make_model(replace(shape, num_layers=num_layers))
+        return _make_step(case, model, setting, lora_rank)
+
+    return count_layers(make_step, shape.num_layers)
 
 
-def count_model(make_step: Callable[[nn.Module], Callable[[], object]], shape: Shape) -> Count:
-    """Count a step of a whole model."""
-    two, three = (
-        _count(make_step(make_model(replace(shape, num_layers=layers)))) for layers in (2, 3)
-    )
-    return two.with_layers(three, shape.num_layers)
+def count_layers(make_step: Callable[[int], Callable[[], object]], num_layers: int) -> Count:
+    """Count a step of N layers, from those of two and of three."""
+    two, three = (_count(make_step(layers)) for layers in (2, 3))
+    return two.with_layers(three, num_layers)
 
 
 def _count(step: Callable[[], object]) -> Count:

@@ -1,10 +1,12 @@
 """Adapters on the experts of a MoE base beside PEFT's `target_parameters`: steps, memory, decoding.
 
 A step is a forward and a backward pass of 8 rows of 64 tokens. Figures are the process' own CPU
-time, cases take turns. Use one thread: OMP_NUM_THREADS=1.
+time, cases take turns. Use one thread: OMP_NUM_THREADS=1. `30b` is counted on the meta device as
+`benchmarks.count` does, at the sizes of Qwen3-30B-A3B and 8 rows of 512 tokens.
 
     python -m benchmarks.experts medium
     python -m benchmarks.experts fine --dtype bfloat16
+    python -m benchmarks.experts 30b
 """
 
 from __future__ import annotations
@@ -14,29 +16,48 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import loraloom
-from benchmarks.cases import describe_machine
+from benchmarks.cases import describe_machine, print_figures
+from benchmarks.count import count_layers
 from loraloom.host.host import Host
 
+RANK = 8
 # (decoder layers, hidden size, experts, their hidden size, experts of a token)
 SHAPES = {"medium": (8, 512, 16, 256, 2), "fine": (4, 512, 64, 128, 8)}
-RANK = 8
+COUNTED: dict[str, loraloom.AdapterConfig | None] = {
+    "PEFT": None,
+    "LoRA": loraloom.LoraConfig(rank=RANK, expert_rank=RANK, target_modules="experts"),
+    "DoRA": loraloom.LoraConfig(
+        rank=RANK, expert_rank=RANK, weight_decomposition=True, target_modules="experts"
+    ),
+    "LoRA, shared outer": loraloom.LoraConfig(
+        rank=RANK, expert_rank=RANK, shared_outer=True, target_modules="experts"
+    ),
+    "MixLoRA": loraloom.MixLoraConfig(rank=RANK, num_experts=4, target_modules="experts"),
+    "LoRA, beside": loraloom.LoraConfig(rank=RANK, target_modules="moe"),
+}
 _ROWS, _LENGTH = 8, 64
 _DECODED_ROWS, _PROMPT_LENGTH, _NEW_TOKENS = 16, 16, 12
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=(*SHAPES, "30b"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
+    if options.shape == "30b":
+        count_large()
+        return
     print(describe_machine(options.dtype))
     torch.manual_seed(0)
     model = make_model(options.shape).to(getattr(torch, options.dtype))
@@ -83,10 +104,49 @@ def make_model(shape: str) -> Any:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def peft_model(model: Any) -> Any:
+def count_large() -> None:
+    """Print what steps of Qwen3-30B-A3B's sizes launch, move and hold, in bfloat16."""
+    figures = {}
+    for case, config in COUNTED.items():
+        counted = count_layers(partial(_counted_step, config), 48)
+        figures[case] = {
+            "operations": counted.operations,
+            "GB moved": counted.bytes / 1e9,
+            "peak GB": counted.peak_bytes / 1e9,
+            "H100 s": counted.time_on("H100"),
+        }
+    print_figures(figures)
+
+
+def _counted_step(config: loraloom.AdapterConfig | None, num_layers: int) -> Callable[[], object]:
+    settings = Qwen3MoeConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        experts_implementation="grouped_mm",
+    )
+    with torch.device("meta"):
+        model: Any = Qwen3MoeForCausalLM(settings).to(torch.bfloat16)
+    ids = torch.zeros(8, 512, dtype=torch.long, device="meta")
+    if config is None:
+        theirs = peft_model(model, autocast_adapter_dtype=False)
+        # which torch has not for the meta device
+        return patch("torch.autocast", lambda **_: nullcontext())(partial(_their_step, theirs, ids))
+    host = loraloom.attach(model)
+    host.add("counted", config)
+    return partial(_our_step, host, ids, ["counted"] * len(ids))
+
+
+def peft_model(model: Any, **options: bool) -> Any:
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=parameters)
-    return peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, config, **options)
 
 
 def host_of(model: Any) -> Host:
