@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +20,6 @@ from loraloom.adapters.tensor_names import matches
 from loraloom.base.quantization import import_library
 from loraloom.devices import has_separate_memory
 from loraloom.errors import ConfigError, shown
-from loraloom.host.host import Host
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, OptimizerConfig, TrainConfig
 
 Scheduler = LRScheduler | GreedyLR
@@ -196,10 +194,3 @@ def build_scheduler(
             num_training_steps=total_steps,
             scheduler_specific_kwargs=arguments,
         )
-
-
-def make_scaler(host: Host) -> GradScaler:
-    """Make the scaler of an adapter's losses, which does nothing except in float16."""
-    scaler = GradScaler(host.device.type, enabled=host.dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=host.device))  # the first tensor makes its state
-    return scaler
