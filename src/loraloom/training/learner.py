@@ -16,9 +16,6 @@ from loraloom.adapters.contract import Adapter
 from loraloom.training.settings import OptimizerConfig
 from loraloom.training.step import optimizers
 
-# Sound steps until a loss scale is doubled, as of `torch.amp.GradScaler`.
-_GROWTH_INTERVAL = 2000
-
 
 @dataclass
 class LossScale:
@@ -31,16 +28,17 @@ class LossScale:
     sound_steps: int = 0  # since the scale has changed
     skipped_steps: int = 0
 
-    def update(self, *, overflows: bool) -> None:
-        if overflows:
+    def update(self, grad_norm: float) -> bool:
+        """Return whether the gradient overflows, so that its step is to be skipped."""
+        self.sound_steps += 1
+        if not math.isfinite(grad_norm):
             self.scale /= 2
             self.sound_steps = 0
             self.skipped_steps += 1
-            return
-        self.sound_steps += 1
-        if self.sound_steps == _GROWTH_INTERVAL:
+        elif self.sound_steps == 2000:
             self.scale *= 2
             self.sound_steps = 0
+        return not math.isfinite(grad_norm)
 
 
 class Learner:
@@ -76,16 +74,9 @@ class Learner:
         weights = self.parameters.values()
         if self.scales_losses:
             gradients = [weight.grad for weight in weights if weight.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)  # pyright: ignore
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
         return clip_grad_norm_(weights, max_norm)
-
-    def update_loss_scale(self, grad_norm: float) -> bool:
-        """Return whether the gradient overflows float16, so that its step is to be skipped."""
-        overflows = self.scales_losses and not math.isfinite(grad_norm)
-        if self.scales_losses:
-            self.loss_scale.update(overflows=overflows)
-        return overflows
 
     def apply(self) -> None:
         """Let the optimizer make a step; each tensor has the learning rate of `lr_ratios`."""

@@ -20,7 +20,7 @@ from loraloom.distributed import Ranks
 from loraloom.generation.scoring import collate, example_row, owners
 from loraloom.host.host import Host
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened
+from loraloom.routing.tally import RoutingTotals, sum_extra, widened
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, RowLayout, Rows, lay_out
 from loraloom.training.step.objectives import (
     has_fixed_metrics,
@@ -122,7 +122,7 @@ class _Share:
         summands = widened(torch.stack(values).detach())
         routers = None
         if self.routing is not None:
-            routers = RoutingTotals.of(self.routing, measure_routing(self.routing))
+            routers = RoutingTotals.of(self.routing)
             summands = torch.cat([summands, routers.sums.flatten()])
         no_norm = summands.new_zeros(())
         return UnreadLoss(summands, list(self.metrics), routers, token_share, no_norm)
