@@ -25,8 +25,7 @@ from loraloom.training.learner import Learner
 from loraloom.training.memory import longest_batch, peak_of_round, predict_memory
 from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.step.batch import MicroBatch
-from loraloom.training.step.fused import forward_backward, gradients_set_aside
-from loraloom.training.step.optimizers import make_scaler
+from loraloom.training.step.fused import add_gradients, gradients_set_aside
 
 LORA = {"method": "lora", "rank": 16}
 MIXTURE = {"method": "mixlora", "rank": 16, "num_experts": 8, "top_k": 2}
@@ -99,12 +98,12 @@ def make_run(base_model: str, length: int, case: str) -> RunConfig:
 
 def train(host: Host, run: RunConfig, batches: Sequence[MicroBatch]) -> None:
     """Train some steps, and keep a copy of the weights during each, as jobs do."""
-    learners = [Learner(host.adapter(job.name), job.train, make_scaler(host)) for job in run.jobs]
+    learners = [Learner(host.adapter(job.name), job.train, host.dtype) for job in run.jobs]
     copies: list[torch.Tensor] = []
     for _ in range(NUM_STEPS):
         for _ in range(batches[0].window.num_micro_batches):
             with gradients_set_aside([batch.adapter for batch in batches]):
-                forward_backward(host, batches, pad_id=0)
+                add_gradients(host, batches, pad_id=0)
         copies.clear()
         for learner in learners:
             learner.clip_gradients(1.0)

@@ -12,10 +12,9 @@ import torch
 
 from loraloom.adapters.mixlora import MixLoraAdapter
 from loraloom.errors import AdapterError
-from loraloom.training.step.fused import forward_backward
 from tests.tiny import ALL_METHODS, padded_mask, randomise, tiny_host, tiny_ids
 from tests.training.step.test_fused import assert_same, run_window
-from tests.training.toy import PAD_ID, add_job, gradients_of, toy_config, toy_host
+from tests.training.toy import PAD_ID, add_job, forward_backward, gradients_of, toy_config, toy_host
 
 DOCUMENT = Path(__file__).parents[2] / "docs/add_a_method.md"
 LENGTHS = [7, 3, 5]

@@ -11,11 +11,10 @@ from loraloom.adapters import AdapterConfig
 from loraloom.host.host import Host
 from loraloom.training.settings import DpoConfig, SftConfig
 from loraloom.training.step.batch import MicroBatch, Window
-from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.objectives import Reference, build_objective
 from tests.device.pretend import on_cpu
 from tests.tiny import ALL_METHODS, changed, relative_error, tiny_host, tiny_model
-from tests.training.toy import PAD_ID, toy_examples, toy_pairs
+from tests.training.toy import PAD_ID, forward_backward, toy_examples, toy_pairs
 
 # All methods, some of them with extra trainable modules.
 CONFIGS = ALL_METHODS | {

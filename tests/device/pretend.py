@@ -221,7 +221,8 @@ def _check_devices(name: str, args: Sequence[Any], leaves: Sequence[Any]) -> Non
         indices = [id(index) for index in args[1]]
         others = [tensor for tensor in others if id(tensor) not in indices]
     joins = name in ("aten::cat", "aten::stack")
-    changes_cpu = name.endswith("_") and not isinstance(args[0], PretendTensor)
+    first = args[0][0] if name.startswith("aten::_foreach") else args[0]
+    changes_cpu = name.endswith("_") and not isinstance(first, PretendTensor)
     if changes_cpu or any(tensor.dim() > 0 or joins for tensor in others):
         raise PretendError(
             "Expected all tensors to be on the same device, but found at least two devices, "

@@ -17,8 +17,8 @@ from tests.training.toy import ADAPTERS, add_job, toy_config, toy_set, toy_token
 CPU = torch.device("cpu")
 
 
-def engine_on(device, directory, names=tuple(ADAPTERS)) -> Engine:
-    host = loraloom.attach(tiny_model(dtype=torch.float32).to(device))
+def engine_on(device, directory, names=tuple(ADAPTERS), dtype=torch.float32) -> Engine:
+    host = loraloom.attach(tiny_model(dtype=dtype).to(device))
     settings = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "optimizer": "sgd"}
     data = {"task": "skills", "validation_fraction": 0.2}
     configs = [toy_config(name, ADAPTERS[name], data=data, **settings) for name in names]
@@ -55,17 +55,18 @@ def test_a_run_trains_evaluates_and_resumes_as_on_the_cpu(accelerator, tmp_path)
     assert_same(weights[0], weights[1])
 
 
-def test_a_steady_step_reads_once_and_once_a_job(accelerator, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_steady_step_of_any_number_of_jobs_reads_once(accelerator, tmp_path, dtype):
     for names in (("lora", "mixlora"), tuple(ADAPTERS)):
-        engine = engine_on(accelerator.device, tmp_path, names)
+        engine = engine_on(accelerator.device, tmp_path, names, dtype)
         engine.begin(None)
         engine.step()
         with accelerator.step(f"{len(names)} jobs"):
             engine.step()
     two, four = accelerator.counts("2 jobs"), accelerator.counts("4 jobs")
-    # A job's norm and its segment of the batch: the rest is the same for any number of jobs.
-    assert two == {"read": 4, "upload": 8}
-    assert four == {"read": 6, "upload": 12}
+    # One of the reads is that of transformers, which looks for packed rows.
+    assert two == {"read": 2, "upload": 4}
+    assert four == {"read": 2, "upload": 4}
 
 
 def test_the_check_of_finite_weights_reads_once_a_job(accelerator, tmp_path):

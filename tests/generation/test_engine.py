@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from loraloom.errors import DataError
+from loraloom.generation import engine as engine_module
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.request import RequestError, Share
 from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
+from loraloom.generation.sampling import choose_tokens
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.host.decoding import Decoding
 from tests.generation.asking import TEXTS, alone, answers, finish, request, submit
@@ -238,6 +240,24 @@ def test_a_row_that_memory_has_no_room_for_beside_others_waits(
     monkeypatch.setattr(engine._runner, what, limited)
     assert answers(engine, asked) == expected
     assert max(most) > 1
+
+
+def test_rows_are_halved_when_there_is_no_room_to_choose_their_tokens(
+    make_engine, tiny_tokenizer, monkeypatch
+):
+    asked = [request(tiny_tokenizer, "one " * n, temperature=1.0, seed=n) for n in (1, 8, 9)]
+    expected = answers(make_engine(max_rows=4), asked)
+    sizes = []
+
+    def limited(logits, *rest):
+        sizes.append(len(logits))
+        if len(logits) > 1:
+            raise torch.OutOfMemoryError
+        return choose_tokens(logits, *rest)
+
+    monkeypatch.setattr(engine_module, "choose_tokens", limited)
+    assert answers(make_engine(max_rows=4), asked) == expected
+    assert max(sizes) > 1
 
 
 def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, tiny_tokenizer):

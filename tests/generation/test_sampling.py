@@ -5,19 +5,32 @@ import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from loraloom.config.fields import checked
 from loraloom.data.tokens import NUM_BEFORE, text_of_token
 from loraloom.errors import ConfigError
-from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
+from loraloom.generation.request import GenerationRequest, Row
+from loraloom.generation.sampling import SamplingConfig, TextStream, TokenRule, choose_tokens
+from loraloom.host.choice import Choice
+from tests.conftest import build_tokenizer
 
-CPU = torch.device("cpu")
+TOKENIZER = build_tokenizer()
 
 
 def draw(logits, rows, **settings):
     """Draw a token for each row from the same logits."""
-    choosers = [TokenChooser(SamplingConfig(**settings), row, CPU) for row in rows]
-    return torch.tensor([chooser.choose([], torch.tensor(logits)) for chooser in choosers])
+    requests = [
+        GenerationRequest([1], Choice(None), "", SamplingConfig(**settings), row) for row in rows
+    ]
+    rules = [Row(request, TOKENIZER, [], print).token_rule(len(logits)) for request in requests]
+    chosen = choose_tokens(torch.tensor([logits] * len(rules)), rules)
+    return torch.tensor([one.token for one in chosen])
 
 
 def test_draws_follow_the_softmax():
@@ -30,6 +43,46 @@ def test_draws_are_from_the_likeliest_only():
     assert set(draw([0.0, 2.0, 1.0, 1.5], range(300), temperature=3.0, top_k=2).tolist()) == {1, 3}
     drawn = draw([0.0, 3.0, 3.0, 0.0], range(300), temperature=1.0, top_p=0.9)
     assert set(drawn.tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.6}], ids=str
+)
+def test_draws_have_the_distribution_of_transformers(settings):
+    num_draws = 5000
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    read = [3, 5, 8]
+    sampling = SamplingConfig(temperature=0.7, repetition_penalty=1.3, **settings)
+    processors = [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7)]
+    processors += [TopKLogitsWarper(top_k) for top_k in [sampling.top_k] if top_k]
+    processors.append(TopPLogitsWarper(sampling.top_p))
+    scores = logits
+    for processor in processors:
+        scores = processor(torch.tensor([read]), scores)
+    edits = dict.fromkeys(read, (0.0, 1.3))
+    draws = [(index + 0.5) / num_draws for index in range(num_draws)]
+    rules = [TokenRule(sampling, draw, edits, None) for draw in draws]
+    chosen = choose_tokens(logits.expand(num_draws, -1), rules)
+    counts = torch.tensor([one.token for one in chosen]).bincount(minlength=40)
+    assert counts / num_draws == pytest.approx(scores.softmax(-1)[0], abs=1.5 / num_draws)
+
+
+def test_the_largest_draw_is_a_token_that_may_follow():
+    logits = torch.tensor([[-1e9, 1.0, 1.0, -1e9], [1.0, -1e9, 1.0, -1e9]])
+    for settings in ({}, {"top_k": 2}, {"top_p": 0.9}):
+        sampling = SamplingConfig(temperature=1.0, **settings)
+        allowed = torch.tensor([True, True, True, False])
+        rules = [TokenRule(sampling, 1.0, {}, allowed)] * 2
+        assert [one.token for one in choose_tokens(logits, rules)] == [2, 2], settings
+
+
+def test_log_probabilities_are_those_of_the_logits_whatever_the_rules():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, torch.nan]])
+    rules = [TokenRule(SamplingConfig(), 0.5, {0: (9.0, 1.0)}, None)] * 2
+    chosen, broken = choose_tokens(logits, rules, 2)
+    log_probs = logits[0].log_softmax(-1).tolist()
+    assert chosen == (0, log_probs[0], [(1, log_probs[1]), (2, log_probs[2])])
+    assert broken.token == -1
 
 
 def test_a_draw_depends_on_seed_and_row_alone():

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from loraloom.generation.request import GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import Scheduler
@@ -16,7 +14,7 @@ TOKENIZER = build_tokenizer()
 def row(owner: str, length: int = 10, tenant: str = "") -> Row:
     ids, sampling = [3] * length, SamplingConfig()
     request = GenerationRequest(ids, Choice(owner), owner, sampling, tenant=tenant)
-    return Row(request, TOKENIZER, [], torch.device("cpu"), lambda event: None)
+    return Row(request, TOKENIZER, [], lambda event: None)
 
 
 def queue(scheduler: Scheduler, *rows: Row) -> None:

@@ -11,11 +11,10 @@ from loraloom.host.host import Host
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.training.settings import SftConfig
 from loraloom.training.step.batch import MicroBatch, Window
-from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.objectives import build_objective
 from tests import tiny
 from tests.ops.ffn_case import SHAPES, FfnCase, make_case, run, with_gradients
-from tests.training.toy import PAD_ID, toy_examples
+from tests.training.toy import PAD_ID, forward_backward, toy_examples
 
 DEVICE = "cuda"
 

@@ -9,12 +9,13 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.host.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion, run_requests
 from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
-from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.fused import add_gradients
 from tests.tiny import ALL_METHODS, METHODS, randomise
 from tests.training.step.test_fused import assert_same, run_window
 from tests.training.toy import (
     ADAPTERS,
     PAD_ID,
+    accept,
     add_job,
     padded,
     toy_config,
@@ -73,7 +74,6 @@ def test_a_step_is_that_of_a_job(objective):
     for one in (job.adapter, client.adapter):
         randomise(one)
     data = job.window.examples
-    part = job.micro_batch()
     loss = run_window(host, [job])["job"]
     job.position.micro_step = 0
 
@@ -81,7 +81,7 @@ def test_a_step_is_that_of_a_job(objective):
     assert output.loss == pytest.approx(loss.loss)
     assert output.aux_loss == pytest.approx(loss.aux_loss)
     assert output.metrics == pytest.approx(loss.metrics)
-    report = job.accept(part, loss)
+    report = accept(job, loss)
     for wrong in ({"learning_rate": math.nan}, {"max_grad_norm": 0.0}):
         with pytest.raises(ConfigError, match="max_grad_norm above 0"):
             client.optim_step(**wrong)
@@ -117,10 +117,10 @@ def test_a_call_that_fails_half_way_leaves_the_gradients_as_they_were(monkeypatc
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("no memory")
-        return forward_backward(*arguments)
+        return add_gradients(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("loraloom.training.client.forward_backward", failing)
+        patched.setattr("loraloom.training.client.add_gradients", failing)
         with pytest.raises(RuntimeError, match="no memory"):
             client.forward_backward(data, micro_batch_size=2)
     assert_same(grads_of(client), before, 1e-12)

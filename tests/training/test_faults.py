@@ -6,9 +6,10 @@ import torch
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
 from loraloom.host.host import Host
-from loraloom.training import rounds, run_directory
+from loraloom.training import run_directory
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
+from loraloom.training.step import fused
 from tests.training.running import resumed
 from tests.training.step.test_fused import assert_same
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
@@ -90,7 +91,7 @@ def test_a_forward_that_raises_stops_the_job_whose_rows_make_it_raise(
         return hit.position.step == 3 and any(part.adapter is hit.adapter for part in parts)
 
     fault = IndexError("index out of range in self")
-    monkeypatch.setattr(rounds, "forward_backward", failing(rounds.forward_backward, raises, fault))
+    monkeypatch.setattr(fused, "add_gradients", failing(fused.add_gradients, raises, fault))
     run_and_check_neighbour(engine, unhurt, "IndexError: index out of range in self")
     assert read_result(tmp_path / "run/hit").steps == 2  # the last one that a forward has proven
 

@@ -10,6 +10,7 @@ from loraloom.training.step.batch import MicroBatchLoss
 from tests.training.running import interrupted, read_metrics, resumed, trained_weights
 from tests.training.toy import (
     ADAPTERS,
+    accept,
     add_job,
     toy_config,
     toy_host,
@@ -26,7 +27,7 @@ def toy_engine(directory, names=("lora", "mixlora"), scales: Mapping[str, float]
     configs = [toy_config(name, ADAPTERS[name], seed=1, max_steps=4) for name in names]
     engine = engine_of(directory, configs, dtype=torch.float16)
     for name, scale in (scales or {}).items():
-        engine.jobs[name].learner.scaler.update(scale)
+        engine.jobs[name].learner.loss_scale.scale = scale
     return engine
 
 
@@ -57,7 +58,7 @@ def test_a_skipped_step_counts_in_a_job_and_in_a_loop_of_ones_own():
     before = weights_of(client)
     for parameter in (*job.learner.parameters.values(), *client.parameters.values()):
         parameter.grad = torch.full_like(parameter, torch.inf)
-    report = job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    report = accept(job, MicroBatchLoss(1.0))
     step = client.optim_step()
     assert (report["step"], report["skipped_steps"], job.scheduler.last_epoch) == (1, 1, 0)
     assert (step.step, step.is_skipped, client.step) == (1, True, 1)

@@ -5,7 +5,7 @@ import torch
 
 from loraloom.errors import TrainingError
 from loraloom.training.step.batch import MicroBatchLoss
-from tests.training.toy import ADAPTERS, add_job, toy_config, toy_host, weights_of
+from tests.training.toy import ADAPTERS, accept, add_job, toy_config, toy_host, weights_of
 
 
 def with_gradient(job, value: float):
@@ -25,7 +25,7 @@ def test_gradient_is_clipped_over_the_adapters_weights_alone():
         for name, value in (("loud", 10.0), ("quiet", 1e-6))
     ]
     before = [weights_of(job) for job in jobs]
-    reports = [job.accept(job.micro_batch(), MicroBatchLoss(1.0)) for job in jobs]
+    reports = [accept(job, MicroBatchLoss(1.0)) for job in jobs]
     moves = [
         torch.stack(
             [(old[name] - p.detach()).norm() for name, p in job.learner.parameters.items()]
@@ -41,10 +41,10 @@ def test_a_step_is_made_after_the_last_micro_batch():
     job = with_gradient(new_job(batch_size=4, micro_batch_size=2, loraplus_lr_ratio=4.0), 1.0)
     job.learner.optimizer.param_groups.reverse()  # B first, as where A is frozen
     before = weights_of(job)
-    assert job.accept(job.micro_batch(), MicroBatchLoss(0.25, 0.5, 0.125, 1.0, {"m": 2.0})) is None
+    assert accept(job, MicroBatchLoss(0.25, 0.5, 0.125, 1.0, {"m": 2.0})) is None
     assert all(torch.equal(p, before[name]) for name, p in job.learner.parameters.items())
     own = {"loss": 9.0, "odd": math.nan}
-    report = job.accept(job.micro_batch(), MicroBatchLoss(0.5, 0.25, 0.25, 1.0, own))
+    report = accept(job, MicroBatchLoss(0.5, 0.25, 0.25, 1.0, own))
     assert (report["loss"], report["aux_loss"], report["m"]) == (0.75, 0.75, 2.0)
     assert "odd" not in report
     assert report["learning_rate"] == pytest.approx(1e-2)
@@ -66,11 +66,11 @@ def test_a_step_is_made_after_the_last_micro_batch():
 def test_weights_are_proven_by_an_evaluation(metrics, is_kept):
     job = with_gradient(new_job(batch_size=4), 1.0)
     first = weights_of(job)
-    job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    accept(job, MicroBatchLoss(1.0))
     second = weights_of(job)
     job.take_evaluation(metrics)
     with pytest.raises(TrainingError, match="step 2: loss must be finite"):
-        job.accept(job.micro_batch(), MicroBatchLoss(math.nan))
+        accept(job, MicroBatchLoss(math.nan))
     job.restore_proven_weights()
     assert job.position.step == (1 if is_kept else 0)
     assert job.position.evaluated_step == (1 if is_kept else -1)

@@ -11,7 +11,7 @@ from loraloom.ops import slot_pieces
 from loraloom.training.learner import Learner
 from loraloom.training.memory import kept_memory, longest_batch, peak_of_round, predict_memory
 from loraloom.training.settings import RunConfig, TrainConfig
-from loraloom.training.step.optimizers import make_scaler, state_bytes
+from loraloom.training.step.optimizers import state_bytes
 from tests.conftest import build_tokenizer
 from tests.tiny import stored_weights, tiny_model
 
@@ -83,7 +83,7 @@ def test_a_step_takes_what_is_predicted(name, bases, monkeypatch):
 def test_an_optimizer_keeps_what_is_predicted(bases):
     run = make_run(bases["llama"], [MIXTURE], {"lr_ratios": {"router": 0}})
     host = load_jobs(run)
-    learner = Learner(host.adapter("job0"), run.jobs[0].train, make_scaler(host))
+    learner = Learner(host.adapter("job0"), run.jobs[0].train, host.dtype)
     kept = kept_memory(run.jobs[0], learner.adapter)
     for weight in learner.parameters.values():
         weight.grad = torch.ones_like(weight)

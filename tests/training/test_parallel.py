@@ -15,7 +15,7 @@ from benchmarks.parallel import difference, resume_elsewhere, settings
 from loraloom.adapters import LoraConfig
 from loraloom.distributed import ProcessRanks
 from loraloom.training.rounds import RoundRunner
-from loraloom.training.step.fused import sum_gradients
+from loraloom.training.step.fused import sum_gradient
 from tests.tiny import randomise, tiny_ids, tiny_model
 from tests.training.running import pressing, read_metrics
 from tests.training.saved import save_inputs, write_run_file
@@ -93,7 +93,8 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
     parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
     parameters[0].grad = torch.tensor([1.0, rank])
     parameters[1].grad = torch.ones(2) if rank == 1 else None
-    sum_gradients(ranks, [ParameterList(parameters[:2]), ParameterList(parameters[2:])])
+    for adapter in (ParameterList(parameters[:2]), ParameterList(parameters[2:])):
+        sum_gradient(ranks, adapter)
     sums = [None if p.grad is None else p.grad.tolist() for p in parameters]
     ranks.keep_at_first(parameters)
     return {

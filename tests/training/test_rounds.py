@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from loraloom.errors import ConfigError, TrainingError
-from loraloom.training import rounds
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.run import train
+from loraloom.training.step import fused
 from loraloom.training.step.batch import MicroBatchLoss, lay_out
-from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.fused import add_gradients
 from tests.training.running import assert_same_files, interrupted, resumed
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.step.test_fused import OBJECTIVES, assert_same, without_router_loss
@@ -32,13 +32,13 @@ def memory(monkeypatch):
     room = SimpleNamespace(max_tokens=10**9, failures=0)
 
     def limited(host, parts, pad_id):
-        losses = forward_backward(host, parts, pad_id)
+        losses = add_gradients(host, parts, pad_id)
         if sum(lay_out(parts).computed_tokens) > room.max_tokens:
             room.failures += 1
             raise torch.OutOfMemoryError("injected")
         return losses
 
-    monkeypatch.setattr(rounds, "forward_backward", limited)
+    monkeypatch.setattr(fused, "add_gradients", limited)
     return room
 
 
@@ -114,9 +114,9 @@ def steps(monkeypatch) -> list[dict[str, int]]:
     def spy(host, parts, pad_id):
         names = [part.adapter.name for part in parts]
         found.append(dict(zip(names, lay_out(parts).computed_tokens, strict=True)))
-        return forward_backward(host, parts, pad_id)
+        return add_gradients(host, parts, pad_id)
 
-    monkeypatch.setattr(rounds, "forward_backward", spy)
+    monkeypatch.setattr(fused, "add_gradients", spy)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from loraloom.training.learner import Learner
 from loraloom.training.reporting import Progress
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.fused import add_gradients, read_losses
 from loraloom.training.step.objectives import load_reference
-from loraloom.training.step.optimizers import make_scaler
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0
@@ -78,6 +80,22 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
         column([[1] * len(example.input_ids) for example in examples], 0),
         column([example.labels for example in examples], NO_LOSS),
     )
+
+
+def forward_backward(
+    host: Host, micro_batches: Sequence[MicroBatch], pad_id: int = PAD_ID
+) -> list[MicroBatchLoss]:
+    """Add gradients, and read the losses."""
+    unread = add_gradients(host, micro_batches, pad_id)
+    return read_losses(host.ranks, list(enumerate(unread)), len(unread))
+
+
+def accept(job: Job, loss: MicroBatchLoss) -> dict[str, Any] | None:
+    """Let a job take its next micro-batch's loss and the gradients that are there."""
+    micro_batch = job.micro_batch()
+    if micro_batch.clip_gradient is not None:
+        loss = replace(loss, grad_norm=float(micro_batch.clip_gradient()))
+    return job.accept(micro_batch, loss)
 
 
 def read_result(directory: Path) -> JobResult:
@@ -154,7 +172,7 @@ def add_job(
     make = toy_pairs if config.train.objective.learns_from_pairs else toy_examples
     reference = load_reference(host, config.train.objective)
     training_set = training_set or toy_set(seed=config.seed, make=make)
-    learner = Learner(adapter, config.train, make_scaler(host))
+    learner = Learner(adapter, config.train, host.dtype)
     return Job(config, learner, training_set, reference)
 
 

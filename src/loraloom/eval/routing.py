@@ -7,6 +7,7 @@ were kept from before cost no forward and are not covered.
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -88,6 +89,7 @@ class _AdapterTally:
 
     def add(self, task: str, row_topics: Sequence[str], routed: RoutedRows) -> None:
         totals = tally.RoutingTotals.of(routed.routing)
+        totals = replace(totals, sums=totals.sums.cpu())
         if task in self.totals:
             totals = self.totals[task] + totals
         self.totals[task] = totals

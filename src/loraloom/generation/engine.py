@@ -30,7 +30,7 @@ from loraloom.generation.request import (
     log_failure,
 )
 from loraloom.generation.runner import Runner
-from loraloom.generation.sampling import end_tokens
+from loraloom.generation.sampling import TokenLogProb, choose_tokens, end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import too_large
 from loraloom.generation.tenants import has_place
@@ -38,7 +38,6 @@ from loraloom.host.choice import MAX_PROMPT, Choice
 from loraloom.host.forward import Record
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, rows_in_record
-from loraloom.ops.token_loss import is_broken
 from loraloom.routing.record import choices_by_token, join_routing
 
 # Tokens that a row generates at least before it gives way to others.
@@ -115,7 +114,7 @@ class Engine:
         (choice,) = self.host.choose([request.prompt_ids], [request.adapter])
         if choice.probabilities is not None:
             request = replace(request, choice=choice)
-        row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
+        row = Row(request, self._tokenizer, self._ends, sink, on_gone)
         with self._wake:
             self._make_place(row.share.tenant)
             row.arrival = next(self._arrivals)
@@ -339,29 +338,38 @@ class Engine:
         return num_tokens, error
 
     def _postprocess(self, failures: Sequence[Failed]) -> None:
-        for row, error in failures:
+        chosen, faults = self._choose()
+        for row, error in (*failures, *faults):
             if isinstance(error, torch.OutOfMemoryError):
                 error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
             self._leave([row])
             self._fail(row, error)
         if self._runner.session is not None:
-            logits = self._runner.session.logits  # (B, V)
-            # read from the device once for all rows, not once for each
-            most_likely = logits.argmax(-1).tolist()
-            have_failed = is_broken(logits).tolist()
-            columns = zip(self._runner.rows, logits, most_likely, have_failed, strict=True)
+            columns = zip(self._runner.rows, self._runner.session.logits, chosen, strict=True)
             self._leave([column[0] for column in columns if self._ends_now(*column)])
         self._fit_prefixes()
 
-    def _ends_now(self, row: Row, logits: Tensor, most_likely: int, has_failed: bool) -> bool:
+    def _choose(self) -> tuple[list[TokenLogProb], list[Failed]]:
+        """Choose a token for each row that is read, or send rows back if memory runs out."""
+        if self._runner.session is None:
+            return [], []
+        rows = self._runner.rows
+        logits = self._runner.session.logits  # (B, V)
+        asked = [row.request.num_logprobs for row in rows]
+        num_top = max((number for number in asked if number is not None), default=None)
         try:
-            if has_failed:
+            rules = [row.token_rule(logits.shape[1]) for row in rows]
+            return choose_tokens(logits, rules, num_top), []
+        except Exception as error:
+            log_failure("tokens could not be chosen", error)
+            return [], self._recover(error.with_traceback(None))
+
+    def _ends_now(self, row: Row, logits: Tensor, chosen: TokenLogProb) -> bool:
+        try:
+            if chosen.token < 0:
                 value = "NaN" if logits.isnan().any() else "infinity"
                 raise not_finite("logits", value, [row.adapter_title])
-            if row.request.makes_tokens:
-                reason = row.take(row.choose(logits, most_likely), logits)
-            else:
-                reason = row.end_after_prompt()
+            reason = row.take(chosen) if row.request.makes_tokens else row.end_after_prompt()
         except Exception as error:
             log_failure("a token could not be chosen", error)
             self._fail(row, error)

@@ -18,10 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import LoraloomError
-from loraloom.generation.sampling import JsonConstraint, SamplingConfig, TextStream, TokenChooser
+from loraloom.generation.sampling import (
+    JsonConstraint,
+    SamplingConfig,
+    TextStream,
+    TokenLogProb,
+    TokenRule,
+)
 from loraloom.host.choice import Choice
 from loraloom.host.decoding import Decoding
 from loraloom.host.layout import RowAdapter, name_and_scale
+from loraloom.ops.dropout import mix64
 from loraloom.routing.record import RouterChoice
 
 _log = logging.getLogger(__name__)
@@ -87,14 +94,6 @@ class GenerationRequest:
         return name_and_scale(self.adapter)[0]
 
 
-class TokenLogProb(NamedTuple):
-    """A token, its log-probability, and those of the most likely tokens in its place."""
-
-    token: int
-    log_prob: float
-    top: list[tuple[int, float]]
-
-
 @dataclass
 class Piece:
     """What a step added to a completion; the last one has a `finish_reason`."""
@@ -129,7 +128,6 @@ class Row:
         request: GenerationRequest,
         tokenizer: PreTrainedTokenizerBase,
         end_tokens: Sequence[int],
-        device: torch.device,
         sink: Sink,
         on_gone: Callable[[], object] = lambda: None,
     ):
@@ -155,7 +153,6 @@ class Row:
             stop = (*stop, request.turn_end)
         self._text = TextStream(tokenizer, stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
-        self._chooser = TokenChooser(request.sampling, request.place, device)
         self._untold = Piece()
         self._last_text = ""
         self._num_routed = 0
@@ -183,39 +180,34 @@ class Row:
         """The adapter's name as who asks has given it; None is the base model."""
         return None if self.request.adapter_name is None else self.owner
 
-    def choose(self, logits: Tensor, most_likely: int) -> int:
+    def token_rule(self, vocab_size: int) -> TokenRule:
         request = self.request
-        penalties = defaultdict(float, request.logit_bias)
+        sampling = request.sampling
+        addends = defaultdict(float, request.logit_bias)
         presence = request.presence_penalty
         frequency = request.frequency_penalty
         if presence or frequency:
             for token, count in Counter(self.new_ids).items():
-                penalties[token] -= presence + frequency * count
-        if not (penalties or request.constraint or self._chooser.is_needed):
-            return most_likely
-        logits = logits.float()
-        if penalties:
-            index = torch.tensor(list(penalties), dtype=torch.long, device=logits.device)
-            values = logits.new_tensor(list(penalties.values()))
-            logits = logits.index_add(0, index, values)
-        if request.constraint is not None:
-            allowed = request.constraint.allowed(len(logits)).to(logits.device)
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        read = self.tokens if request.sampling.repetition_penalty != 1 else ()
-        return self._chooser.choose(read, logits)
+                addends[token] -= presence + frequency * count
+        read = set(self.tokens) if sampling.repetition_penalty != 1 else set()
+        edits = {}
+        for token in {*addends, *read}:
+            penalty = sampling.repetition_penalty if token in read else 1.0
+            edits[token] = (addends.get(token, 0.0), penalty)
+        allowed = request.constraint and request.constraint.allowed(vocab_size)
+        draw = (mix64(sampling.seed, 0, request.place, len(self.new_ids)) >> 40) / 2**24
+        return TokenRule(sampling, draw, edits, allowed)
 
-    def take(self, token: int, logits: Tensor) -> FinishReason | None:
+    def take(self, chosen: TokenLogProb) -> FinishReason | None:
         request = self.request
         piece = self._untold
+        token = chosen.token
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.new_ids.append(token)
         piece.num_tokens += 1
         if request.num_logprobs is not None:
-            log_probs = logits.float().log_softmax(-1)
-            values, ids = log_probs.topk(min(request.num_logprobs, len(log_probs)))
-            top = list(zip(ids.tolist(), values.tolist(), strict=True))
-            piece.log_probs.append(TokenLogProb(token, float(log_probs[token]), top))
+            piece.log_probs.append(chosen._replace(top=chosen.top[: request.num_logprobs]))
         piece.text = self._last_text = "" if token in self._ends else self._text.push(token)
         reason: FinishReason | None = None
         is_complete = request.constraint is not None and request.constraint.accept(token)

@@ -1,28 +1,29 @@
 """How the next token is chosen, what ends a completion, and its text as it comes.
 
-Axes: V vocabulary.
+Axes: B rows, V vocabulary.
 
-A row's random numbers come from the seed and the row's own key, so what is drawn for a prompt does
-not depend on the prompts beside it.
+A row's random numbers come from the seed, the row's own key and the place of the token, so what is
+drawn for a prompt does not depend on the prompts beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import logits_process as hf
 from typing_extensions import override
 
 from loraloom.config.fields import StrictModel
 from loraloom.errors import ConfigError
 from loraloom.host.host import Host
-from loraloom.ops.dropout import sample_key
+from loraloom.ops.token_loss import is_broken
+from loraloom.routing.tally import widened
 
 MIN_TEMPERATURE = 0.001
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -57,40 +58,111 @@ class SamplingConfig(StrictModel):
                 )
 
 
-class TokenChooser:
-    """Chooses the tokens of one row, whose draws follow from the seed and the row's number."""
+class TokenRule(NamedTuple):
+    """How a row's next token is chosen."""
 
-    def __init__(self, sampling: SamplingConfig, row: int, device: torch.device):
-        self._processors = hf.LogitsProcessorList()
-        self._generator: torch.Generator | None = None
-        if sampling.repetition_penalty != 1:
-            penalty = hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-            self._processors.append(penalty)
-        if sampling.temperature == 0:
-            return
-        # logits by less are infinite
-        temperature = max(sampling.temperature, MIN_TEMPERATURE)
-        self._processors.append(hf.TemperatureLogitsWarper(temperature))
-        if sampling.top_k > 0:
-            self._processors.append(hf.TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self._processors.append(hf.TopPLogitsWarper(sampling.top_p))
-        # a generator of its own leaves torch's global numbers alone
-        self._generator = torch.Generator(device).manual_seed(sample_key(sampling.seed, 0, row))
+    sampling: SamplingConfig
+    draw: float  # uniform in [0, 1)
+    edits: Mapping[int, tuple[float, float]]  # by token, what its logit gets, and then a penalty
+    allowed: Tensor | None  # whether each token may follow, [V] on the CPU; None: all
 
-    @property
-    def is_needed(self) -> bool:
-        return bool(self._processors)
+    def num_candidates(self, vocab_size: int) -> int:
+        """Return how many of the most likely tokens must be ordered; 0 if draws are of all."""
+        if self.sampling.top_k:
+            return min(self.sampling.top_k, vocab_size)
+        return vocab_size if self.sampling.top_p < 1 else 0
 
-    def choose(self, input_ids: Sequence[int], logits: Tensor) -> int:
-        """Choose the token after `input_ids` by its logits, [V]."""
-        # The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from softmax(logits).
-        before = torch.tensor([input_ids], dtype=torch.long, device=logits.device)
-        scores = self._processors(before, logits.float().unsqueeze(0))  # pyright: ignore[reportArgumentType]
-        if self._generator is not None:
-            draws = torch.empty_like(scores).exponential_(generator=self._generator)
-            scores = scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()
-        return int(scores.argmax())
+
+class TokenLogProb(NamedTuple):
+    """A token, its log-probability, and those of the most likely tokens in its place."""
+
+    token: int
+    log_prob: float
+    top: list[tuple[int, float]]
+
+
+def choose_tokens(
+    logits: Float[Tensor, "B V"], rules: Sequence[TokenRule], num_top: int | None = None
+) -> list[TokenLogProb]:
+    """Choose all rows' tokens and read them from the device at once; -1 if logits are broken.
+
+    Without `num_top`, how many of the most likely tokens to tell, log-probabilities are 0.
+    """
+    edited = _edited(logits, rules)
+    tokens = edited.argmax(-1)
+    groups: dict[int, list[tuple[int, TokenRule]]] = {}
+    for row, rule in enumerate(rules):
+        if rule.sampling.temperature > 0:
+            groups.setdefault(rule.num_candidates(logits.shape[1]), []).append((row, rule))
+    for num_candidates, members in groups.items():
+        index, drawn_tokens = _draw(edited, members, num_candidates)
+        tokens = tokens.index_copy(0, index, drawn_tokens)
+    tokens = tokens[:, None]  # (B, 1)
+    columns = [tokens.masked_fill(is_broken(logits)[:, None], -1)]
+    if num_top is not None:
+        log_probs = logits.float().log_softmax(-1)
+        top = log_probs.topk(min(num_top, logits.shape[1]))
+        columns += [log_probs.gather(1, tokens), top.indices, top.values]
+    table = torch.cat([widened(column) for column in columns], dim=1).tolist()
+    chosen = []
+    for token, *numbers in table:
+        stop = 1 + len(numbers) // 2
+        ids = [int(number) for number in numbers[1:stop]]
+        top = list(zip(ids, numbers[stop:], strict=True))
+        chosen.append(TokenLogProb(int(token), numbers[0] if numbers else 0.0, top))
+    return chosen
+
+
+def _edited(logits: Tensor, rules: Sequence[TokenRule]) -> Tensor:
+    """Add biases, divide earlier tokens' logits by their penalty, and leave out what is barred."""
+    indices = []
+    edits = []
+    for row, rule in enumerate(rules):
+        indices += [row * logits.shape[1] + token for token in rule.edits]
+        edits += rule.edits.values()
+    if indices:
+        index = torch.tensor(indices, device=logits.device)
+        addends, penalties = torch.tensor(edits, device=logits.device).T
+        flat = logits.float().flatten()
+        values = flat.index_select(0, index) + addends
+        values = torch.where(values < 0, values * penalties, values / penalties)
+        logits = flat.index_copy(0, index, values).view_as(logits)
+    if any(rule.allowed is not None for rule in rules):
+        is_barred = torch.zeros(logits.shape, dtype=torch.bool)
+        for barred, rule in zip(is_barred, rules, strict=True):
+            if rule.allowed is not None:
+                barred.copy_(~rule.allowed)
+        logits = logits.masked_fill(is_barred.to(logits.device), -torch.inf)
+    return logits
+
+
+def _draw(
+    logits: Tensor, members: Sequence[tuple[int, TokenRule]], num_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Draw tokens for some rows; return the rows and the tokens."""
+    settings = []
+    for row, rule in members:
+        divisor = max(rule.sampling.temperature, MIN_TEMPERATURE)  # logits by less are infinite
+        settings.append((row, divisor, rule.sampling.top_p, rule.draw))
+    columns = torch.tensor(settings, device=logits.device).T.unsqueeze(2)
+    rows, divisors, top_p, draws = columns  # (S, 1) each, of S drawn rows
+    index = rows[:, 0].long()
+    scores = logits.index_select(0, index).float() / divisors
+    ids = None
+    if num_candidates == logits.shape[1]:
+        scores, ids = scores.sort(descending=True, stable=True)
+    elif num_candidates:
+        scores, ids = scores.topk(num_candidates)
+    probs = widened(scores.softmax(-1))
+    if ids is not None:
+        likelier = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(likelier >= top_p.to(probs), 0)
+    # The first token at which the sum of probabilities exceeds the draw, but for rounding.
+    sums = probs.cumsum(-1)
+    total = sums[:, -1:]
+    place = ((sums <= draws.to(sums) * total) & (sums < total)).sum(-1, keepdim=True)
+    place = place.to(index)
+    return index, (place if ids is None else ids.gather(1, place))[:, 0]
 
 
 @dataclass

@@ -151,13 +151,18 @@ def collate(
         start = index * branches.shape[1]
         predictors += [start + predictor for predictor in row.predictors]
         targets += row.targets
+    # Two and two at once, as each copy waits for the device.
+    input_ids = padded((row.input_ids for row in rows), pad_id)
+    position_ids = padded((row.position_ids for row in rows), 0)
+    input_ids, position_ids = torch.stack([input_ids, position_ids]).to(device)
+    scored = torch.tensor([predictors, targets], dtype=torch.long, device=device)
     return RowBatch(
-        input_ids=padded((row.input_ids for row in rows), pad_id).to(device),
-        position_ids=padded((row.position_ids for row in rows), 0).to(device),
+        input_ids=input_ids,
+        position_ids=position_ids,
         attention_mask=mask,
         token_mask=token_mask,
-        predictors=torch.tensor(predictors, dtype=torch.long, device=device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        predictors=scored[0],
+        targets=scored[1],
     )
 
 

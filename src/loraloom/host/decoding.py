@@ -221,22 +221,24 @@ class Sessions:
         """Run tokens of a session; its logits become those after the last one of each row."""
         device = self._forwards.device
         mask = torch.cat([session.attention_mask, added_mask], dim=1)
-        positions = mask.cumsum(1).sub(1).clamp_min(0)[:, -input_ids.shape[1] :]
+        length = input_ids.shape[1]
+        positions = mask.cumsum(1).sub(1).clamp_min(0)[:, -length:]
+        # A mask of ones is left out, as transformers would ask the device for it, and then do so.
+        has_padding = not mask.all()
+        positions_and_mask = torch.cat([positions, mask], dim=1) if has_padding else positions
+        positions_and_mask = positions_and_mask.to(device)  # at once, as each copy waits
         request = ForwardRequest(
             input_ids=input_ids,
             adapters=session.adapters,
             mask=mask,
             model_inputs={
-                "position_ids": positions.to(device),
+                "position_ids": positions_and_mask[:, :length],
                 self._forwards.cache_argument: session.cache,
                 "use_cache": True,
             },
             record=record,
         )
-        # One of ones is left out, as transformers would ask the device for it, and then do so.
-        model_mask = None
-        if not mask.all():
-            model_mask = mask.to(device)
+        model_mask = positions_and_mask[:, length:] if has_padding else None
         with self._forwards.thread.using(session.prepared):
             with self._forwards.run(request) as (_, inputs):
                 out = self._forwards.run_decoder(

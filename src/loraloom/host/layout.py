@@ -13,9 +13,9 @@ a row's end is padding, a sample of its own to the attention, so that no token s
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, groupby, islice, pairwise, repeat
 from typing import Any
 
 import torch
@@ -178,22 +178,20 @@ def make_layout(
         counts = [1] * len(adapters) if sample_lengths is None else map(len, sample_lengths)
         keys_by_row = [list(islice(keys, count)) for count in counts]
     order = _grouped(adapters)
+    groups = [list(rows) for _, rows in groupby(order, adapters.__getitem__)]
+    padding = repeat((None, None)) if mask is None else _real_tokens(mask, groups, device)
     segments: list[Segment] = []
     start = 0
-    for adapter, group in groupby(order, adapters.__getitem__):
-        rows = list(group)
+    for rows, (real, real_index) in zip(groups, padding, strict=False):
         tokens = slice(start, start + len(rows) * length)
-        real = None if mask is None else mask[rows].flatten()
-        if real is not None and bool(real.all()):
-            real = None
         spans = None
         if keys_by_row is not None:
             spans = _spans(rows, keys_by_row, sample_lengths, mask, length)
         segment = Segment(
-            row=adapter,
+            row=adapters[rows[0]],
             tokens=tokens,
-            real=None if real is None else real.to(device),
-            real_index=None if real is None else real.nonzero().squeeze(1).to(device),
+            real=real,
+            real_index=real_index,
             spans=spans,
             row_length=length,
         )
@@ -203,6 +201,19 @@ def make_layout(
         return Layout(tuple(segments), row_order=None, row_inverse=None)
     row_order = torch.tensor(order, device=device)
     return Layout(tuple(segments), row_order, row_inverse=row_order.argsort())
+
+
+def _real_tokens(
+    mask: Tensor, groups: Sequence[list[int]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor] | tuple[None, None]]:
+    """Yield, for each group of rows, which tokens are real, and their positions; None: all."""
+    real = [mask[rows].flatten() for rows in groups]
+    indices = [is_real.nonzero().squeeze(1) for is_real in real]
+    # At once, as each copy waits for the device.
+    by_group = torch.cat(real).to(device).split([len(is_real) for is_real in real])
+    indices = torch.cat(indices).to(device).split([len(index) for index in indices])
+    for is_real, index in zip(by_group, indices, strict=True):
+        yield (is_real, index) if len(index) < len(is_real) else (None, None)
 
 
 def _padding_mask(mask: Any, length: int) -> Tensor | None:

@@ -36,8 +36,8 @@ _MAX_NAMED = 4
 Choices = Mapping[RouterName, Sequence[int]]
 
 
-def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
-    """Compute the sums that `RoutingTotals` has, where `widened` is."""
+def _measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
+    """Compute the sums that `RoutingTotals` has."""
     first = routing[0].selected_experts
     all_alike = first.new_zeros(len(first))
     loads = loads_by_class(routing, all_alike, num_classes=1)[0]
@@ -77,23 +77,19 @@ class RoutingTotals:
     """Sums over the real tokens of one adapter; totals of the same routers can be added."""
 
     # `sums` has by router the tokens, the sum of the entropies of their probabilities in bits,
-    # the experts' loads, and the probabilities' sum, [N, 2 + 2·E] float64 on the CPU.
+    # the experts' loads, and the probabilities' sum, [N, 2 + 2·E], where `widened` is until read.
 
     routers: tuple[RouterName, ...]
     num_experts: tuple[int, ...]  # of each router
     sums: Tensor
 
     @staticmethod
-    def of(
-        routing: Sequence[LayerRouting], sums: Tensor | Sequence[float] | None = None
-    ) -> RoutingTotals:
-        """Sum up one forward's record; `sums` are those of such records where they are known."""
-        if sums is None:
-            sums = measure_routing(routing).cpu()
+    def of(routing: Sequence[LayerRouting]) -> RoutingTotals:
+        """Sum up one forward's record."""
         return RoutingTotals(
             routers=tuple(record.router for record in routing),
             num_experts=tuple(record.num_experts for record in routing),
-            sums=torch.as_tensor(sums, dtype=torch.float64).view(len(routing), -1),
+            sums=_measure_routing(routing),
         )
 
     def __add__(self, more: RoutingTotals) -> RoutingTotals:

@@ -28,7 +28,6 @@ from loraloom.training.learner import Learner
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
 from loraloom.training.step import objectives
 from loraloom.training.step.batch import rows_of
-from loraloom.training.step.optimizers import make_scaler
 
 KEPT_TRAINING_SETS = 8
 Base = tuple[Host, PreTrainedTokenizerBase]
@@ -117,7 +116,7 @@ class JobBuilder:
                 adapter.prompt = form
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
                 questions = {task: self._data.questions(task) for task in config.eval}
-                learner = Learner(adapter, config.train, make_scaler(host))
+                learner = Learner(adapter, config.train, host.dtype)
                 warnings = list(_form_warnings(start, form))
                 inputs = {"examples": training_set.digest}
                 if questions:

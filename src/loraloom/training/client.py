@@ -34,9 +34,8 @@ from loraloom.training import checkpoints
 from loraloom.training.learner import Learner
 from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig
 from loraloom.training.step import objectives
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window, rows_of
-from loraloom.training.step.fused import forward_backward, gradients_set_aside
-from loraloom.training.step.optimizers import make_scaler
+from loraloom.training.step.batch import MicroBatch, Window, rows_of
+from loraloom.training.step.fused import add_gradients, gradients_set_aside, read_losses
 
 # From data, and log p of each row's labels, differentiable, to a scalar loss of it, and metrics.
 LossFunction = Callable[
@@ -126,8 +125,7 @@ class TrainingClient:
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         try:
-            scaler = make_scaler(host)
-            self.learner = Learner(self.adapter, optimizer or OptimizerConfig(), scaler)
+            self.learner = Learner(self.adapter, optimizer or OptimizerConfig(), host.dtype)
         except BaseException:
             if self._added:
                 host.remove(name)
@@ -216,17 +214,18 @@ class TrainingClient:
             raise TrainingError(
                 f"adapter {self.name}: optim_step() found no gradients; call forward_backward()"
             )
-        grad_norm, overflows = self.learner.clip_gradients(max_grad_norm)
-        if not (overflows or math.isfinite(grad_norm)):
+        grad_norm = float(self.learner.clip_gradient(max_grad_norm))
+        is_skipped = self.learner.scales_losses and self.learner.loss_scale.update(grad_norm)
+        if not (is_skipped or math.isfinite(grad_norm)):
             self.zero_grad()
             raise TrainingError(
                 f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; skipped"
             )
-        if not overflows:
+        if not is_skipped:
             self.learner.apply()
         self.step += 1
         self.zero_grad()
-        return OptimStepOutput(self.step, grad_norm, is_skipped=overflows)
+        return OptimStepOutput(self.step, grad_norm, is_skipped)
 
     def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
@@ -354,14 +353,14 @@ def run_requests(
     log_probs: list[list[Tensor]] = [[] for _ in requests]
     pairs = zip(requests, log_probs, strict=True)
     queues = [_micro_batches(host, request, recorded) for request, recorded in pairs]
-    totals = [MicroBatchLoss(0.0)] * len(requests)
     adapters = [host.adapter(name) for name in names]
+    pending = []
     with gradients_set_aside(adapters):
         for micro_batches in zip_longest(*queues):
             indices = [index for index, batch in enumerate(micro_batches) if batch is not None]
-            losses = forward_backward(host, [micro_batches[index] for index in indices], pad_id)
-            for index, loss in zip(indices, losses, strict=True):
-                totals[index] += loss
+            losses = add_gradients(host, [micro_batches[index] for index in indices], pad_id)
+            pending += zip(indices, losses, strict=True)
+        totals = read_losses(host.ranks, pending, len(requests))
     faults = []
     for adapter, total in zip(adapters, totals, strict=True):
         value = total.loss + total.aux_loss
@@ -402,7 +401,7 @@ def _micro_batches(host: Host, request: Request, log_probs: list[Tensor]) -> lis
         Window(0, tuple(request.data), size),
         recorded,
         objectives.load_reference(host, request.objective),
-        loss_scale=1.0 if client is None else client.learner.scaler.get_scale(),
+        loss_scale=1.0 if client is None else client.learner.loss_scale.scale,
     )
     return batch.divided()
 

@@ -205,7 +205,7 @@ class Engine:
         for job in self.jobs.values():
             if not job.at_boundary:
                 # Each rank has its own summand of a half-done step; the first one saves the sum.
-                fused.sum_gradients(self.host.ranks, [job.adapter])
+                fused.sum_gradient(self.host.ranks, job.adapter)
                 self.host.ranks.keep_at_first(job.adapter.parameters())
         # Before a job has begun, the seed says it all.
         begun = [job for job in self.jobs.values() if job.position.has_begun]

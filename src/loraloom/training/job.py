@@ -112,6 +112,9 @@ class Job:
         window = self.window
         train = self.config.train
         examples = window.micro_batch(self.position.micro_step)
+        clip_gradient = None
+        if self.position.micro_step + 1 == window.num_micro_batches:
+            clip_gradient = partial(self.learner.clip_gradient, train.max_grad_norm)
         return MicroBatch(
             self.adapter,
             examples,
@@ -120,8 +123,8 @@ class Job:
             self.objective,
             self.reference,
             max_row_length=train.max_length if train.packing else None,
-            loss_scale=self.learner.scaler.get_scale(),
-            is_last=self.position.micro_step + 1 == window.num_micro_batches,
+            loss_scale=self.learner.loss_scale.scale,
+            clip_gradient=clip_gradient,
         )
 
     def accept(
@@ -144,11 +147,10 @@ class Job:
 
     def _make_step(self, loss: MicroBatchLoss) -> dict[str, Any]:
         learning_rate = self.learner.learning_rate
-        grad_norm, overflows = self.learner.clip_gradients(self.config.train.max_grad_norm)
-        if overflows:
+        if self.learner.scales_losses and self.learner.loss_scale.update(loss.grad_norm):
             self._check_skipped_steps()
         else:
-            self._check_finite("gradient norm", grad_norm, self.position.step + 1)
+            self._check_finite("gradient norm", loss.grad_norm, self.position.step + 1)
             # Until a finite loss proves new weights, the old take the gradients' place in memory.
             weights = self.learner.parameters.values()
             self._proven = [weight.detach().clone() for weight in weights]
@@ -163,23 +165,21 @@ class Job:
         position.micro_step = 0
         position.loss = MicroBatchLoss(0.0)
         position.last_loss = loss.loss
-        return self._step_metrics(loss, learning_rate, grad_norm)
+        return self._step_metrics(loss, learning_rate)
 
     def _check_skipped_steps(self) -> None:
-        scale = self.learner.scaler.get_scale()
+        scale = self.learner.loss_scale.scale
         if scale < 1:
             step = self.position.step + 1
             raise self._error("gradients overflow float16 even without scaling", step)
-        if self.learner.skipped_steps == self.total_steps:
+        if self.learner.loss_scale.skipped_steps == self.total_steps:
             raise TrainingError(
                 f"job {self.name}: all of its {self.total_steps} steps were skipped, as gradients "
                 f"overflow float16; the last one halved the loss scale to {scale:g}; train "
                 "longer, or in bfloat16"
             )
 
-    def _step_metrics(
-        self, loss: MicroBatchLoss, learning_rate: float, grad_norm: float
-    ) -> dict[str, Any]:
+    def _step_metrics(self, loss: MicroBatchLoss, learning_rate: float) -> dict[str, Any]:
         position = self.position
         metrics: dict[str, Any] = {
             "step": position.step,
@@ -187,14 +187,13 @@ class Job:
             "loss": loss.loss,
             "aux_loss": loss.aux_loss,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": loss.grad_norm,
             "tokens": position.tokens,
             "computed_tokens": position.computed_tokens,
         }
-        scaler = self.learner.scaler
-        if scaler.is_enabled():
-            metrics["loss_scale"] = scaler.get_scale()
-            metrics["skipped_steps"] = self.learner.skipped_steps
+        if self.learner.scales_losses:
+            metrics["loss_scale"] = self.learner.loss_scale.scale
+            metrics["skipped_steps"] = self.learner.loss_scale.skipped_steps
         if loss.router_entropy is not None:
             metrics["router/entropy"] = loss.router_entropy
             metrics["router/load_cv"] = loss.router_load_cv

@@ -5,9 +5,11 @@ A `Job` is one with data and a schedule, a `TrainingClient` one that its caller 
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch.amp import GradScaler
+import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from loraloom.adapters.contract import Adapter
@@ -15,14 +17,38 @@ from loraloom.training.settings import OptimizerConfig
 from loraloom.training.step import optimizers
 
 
+@dataclass
+class LossScale:
+    """Factor of an adapter's losses in float16, by which its gradients neither vanish nor overflow.
+
+    It changes as in `torch.amp.GradScaler`, but on the host, which waits for no device to read it.
+    """
+
+    scale: float
+    sound_steps: int = 0  # since the scale has changed
+    skipped_steps: int = 0
+
+    def update(self, grad_norm: float) -> bool:
+        """Return whether the gradient overflows, so that its step is to be skipped."""
+        self.sound_steps += 1
+        if not math.isfinite(grad_norm):
+            self.scale /= 2
+            self.sound_steps = 0
+            self.skipped_steps += 1
+        elif self.sound_steps == 2000:
+            self.scale *= 2
+            self.sound_steps = 0
+        return not math.isfinite(grad_norm)
+
+
 class Learner:
     """An adapter that is trained; steps are the caller's to count."""
 
-    def __init__(self, adapter: Adapter, config: OptimizerConfig, scaler: GradScaler):
+    def __init__(self, adapter: Adapter, config: OptimizerConfig, dtype: torch.dtype):
         self.adapter = adapter
         self.config = config
-        self.scaler = scaler
-        self.skipped_steps = 0
+        self.scales_losses = dtype == torch.float16
+        self.loss_scale = LossScale(2.0**16 if self.scales_losses else 1.0)
         parameters = adapter.named_parameters()
         self.parameters = {name: weight for name, weight in parameters if weight.requires_grad}
         self.optimizer = optimizers.build_optimizer(config, adapter)
@@ -42,23 +68,20 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
 
-    def clip_gradients(self, max_grad_norm: float | None) -> tuple[float, bool]:
-        """Clip the gradients; return their norm before, and whether it overflows float16."""
+    def clip_gradient(self, max_grad_norm: float | None) -> Tensor:
+        """Clip the gradient; return its norm before, on the device."""
         optimizers.drop_frozen_gradients(self.config, self.adapter)
-        self.scaler.unscale_(self.optimizer)
+        weights = self.parameters.values()
+        if self.scales_losses:
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)  # pyright: ignore
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
-        norm = float(clip_grad_norm_(self.parameters.values(), max_norm))
-        overflows = self.scaler.is_enabled() and not math.isfinite(norm)
-        if overflows:
-            self.scaler.update()
-            self.skipped_steps += 1
-        return norm, overflows
+        return clip_grad_norm_(weights, max_norm)
 
     def apply(self) -> None:
         """Let the optimizer make a step; each tensor has the learning rate of `lr_ratios`."""
         with optimizers.rates_of_their_own(self.config, self.adapter):
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+            self.optimizer.step()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -70,18 +93,11 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         weights = self.parameters.items()
-        loss_scale = None
-        if self.scaler.is_enabled():
-            loss_scale = {
-                "scale": self.scaler.get_scale(),
-                "sound_steps": self.scaler.state_dict()["_growth_tracker"],
-                "skipped_steps": self.skipped_steps,
-            }
         return {
             "weights": {name: weight.detach() for name, weight in weights},
             "gradients": {name: w.grad for name, w in weights if w.grad is not None},
             "optimizer": self.optimizer.state_dict(),
-            "loss_scale": loss_scale,
+            "loss_scale": asdict(self.loss_scale) if self.scales_losses else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -92,8 +108,5 @@ class Learner:
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled():
-            loss_scale = state["loss_scale"]
-            changes = {"scale": loss_scale["scale"], "_growth_tracker": loss_scale["sound_steps"]}
-            self.scaler.load_state_dict(self.scaler.state_dict() | changes)
-            self.skipped_steps = loss_scale["skipped_steps"]
+        if self.scales_losses:
+            self.loss_scale = LossScale(**state["loss_scale"])

@@ -27,7 +27,7 @@ from loraloom.training.builder import naming
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step import optimizers
 from loraloom.training.step.batch import MicroBatch, Window, lay_out
-from loraloom.training.step.fused import forward_backward, gradients_set_aside
+from loraloom.training.step.fused import add_gradients, gradients_set_aside
 from loraloom.training.step.objectives import build_objective, load_reference
 
 aten: Any = torch.ops.aten
@@ -147,7 +147,7 @@ def peak_of_round(host: Host, batches: Sequence[MicroBatch]) -> int:
         # From a step's second micro-batch on, there are earlier gradients.
         for _ in range(min(2, max(batch.window.num_micro_batches for batch in batches))):
             with gradients_set_aside([batch.adapter for batch in batches]):
-                forward_backward(host, batches, pad_id=0)
+                add_gradients(host, batches, pad_id=0)
     return storages.peak_bytes
 
 

@@ -13,8 +13,8 @@ from loraloom import devices
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.host.host import Host
 from loraloom.training.job import Job
+from loraloom.training.step import fused
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
-from loraloom.training.step.fused import forward_backward, gradients_set_aside, sum_gradients
 
 # Copies of weights to come: gradients, two optimizer states, the last sound ones, the best ones.
 _LEARNING_COPIES = 5
@@ -61,28 +61,40 @@ class RoundRunner:
             )
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
-        losses = [MicroBatchLoss(0.0)] * len(micro_batches)
+        pending: fused.Pending = []
         errors: dict[int, Exception] = {}
         waiting: list[Group] = [list(enumerate(micro_batches))]
         while waiting:
             group = [turn for turn in waiting.pop() if turn[0] not in errors]
             if group:
-                waiting += reversed(self._run_group(group, losses, errors))
+                waiting += reversed(self._run_group(group, pending, errors))
         if len(errors) == len(micro_batches):
             self.raise_if_general(errors[0])
-        # Each rank has its own summand until a step's gradient is complete.
-        complete = []
-        outcomes: list[MicroBatchLoss | TrainingError] = [*losses]
-        for index, micro_batch in enumerate(micro_batches):
-            if index in errors:
-                outcomes[index] = _training_error(micro_batch, errors[index])
-            elif micro_batch.is_last:
-                complete.append(micro_batch.adapter)
-        sum_gradients(self.host.ranks, complete)
+        self._clip_complete(micro_batches, pending, errors)
+        outcomes: list[MicroBatchLoss | TrainingError] = []
+        outcomes += fused.read_losses(self.host.ranks, pending, len(micro_batches))
+        for index, error in errors.items():
+            outcomes[index] = _training_error(micro_batches[index], error)
         return outcomes
 
+    def _clip_complete(
+        self, batches: Sequence[MicroBatch], pending: fused.Pending, errors: dict[int, Exception]
+    ) -> None:
+        """Clip the gradients of complete steps, of which each rank has its summand until now."""
+        ranks = self.host.ranks
+        for index, loss in dict(pending).items():
+            batch = batches[index]
+            if batch.clip_gradient is None or index in errors:
+                continue
+            fused.sum_gradient(ranks, batch.adapter)
+            try:
+                with ranks.together():
+                    loss.grad_norm = batch.clip_gradient().to(loss.summands)
+            except Exception as error:
+                errors[index] = error
+
     def _run_group(
-        self, group: Group, losses: list[MicroBatchLoss], errors: dict[int, Exception]
+        self, group: Group, pending: fused.Pending, errors: dict[int, Exception]
     ) -> list[Group]:
         """Add a group's losses, or the error of a job alone; return the parts that are to do."""
         halves = _halves(group)
@@ -92,17 +104,16 @@ class RoundRunner:
             return halves
         micro_batches = [micro_batch for _, micro_batch in group]
         adapters = [micro_batch.adapter for micro_batch in micro_batches]
-        outcome: list[MicroBatchLoss] | Exception
+        outcome: list[fused.UnreadLoss] | Exception
         try:
-            with gradients_set_aside(adapters):
-                outcome = forward_backward(self.host, micro_batches, self.pad_id)
+            with fused.gradients_set_aside(adapters):
+                outcome = fused.add_gradients(self.host, micro_batches, self.pad_id)
         except torch.OutOfMemoryError:
             outcome = torch.OutOfMemoryError()  # that one holds on to the activations
         except Exception as error:
             outcome = error
         if isinstance(outcome, list):
-            for (index, _), loss in zip(group, outcome, strict=True):
-                losses[index] += loss
+            pending += zip([index for index, _ in group], outcome, strict=True)
             return []
         if isinstance(outcome, torch.OutOfMemoryError):
             devices.free_memory()

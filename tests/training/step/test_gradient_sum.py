@@ -8,12 +8,12 @@ from torch import Tensor
 from loraloom.distributed import Ranks
 from loraloom.errors import TrainingError
 from loraloom.host.host import Host
-from loraloom.training import rounds
 from loraloom.training.rounds import RoundRunner
-from loraloom.training.step.fused import forward_backward
+from loraloom.training.step import fused
+from loraloom.training.step.fused import add_gradients
 from loraloom.training.step.objectives import ObjectiveTerms
 from tests.training.step.test_fused import assert_same
-from tests.training.toy import PAD_ID, add_job, gradients_of, toy_config, toy_host
+from tests.training.toy import PAD_ID, add_job, forward_backward, gradients_of, toy_config, toy_host
 
 
 class Twins(Ranks):
@@ -40,9 +40,9 @@ def test_a_micro_batch_in_halves_is_summed_after_both(monkeypatch):
         def limited(host, batches, pad_id, bound=max_examples):
             if len(batches[0].examples) > bound:
                 raise torch.OutOfMemoryError("injected")
-            return forward_backward(host, batches, pad_id)
+            return add_gradients(host, batches, pad_id)
 
-        monkeypatch.setattr(rounds, "forward_backward", limited)
+        monkeypatch.setattr(fused, "add_gradients", limited)
         host = twin_host()
         job = add_job(host, config, random=True)
         (outcome,) = RoundRunner(host, PAD_ID).run([job.micro_batch()])

@@ -7,7 +7,7 @@ the shortest of several lengths with little padding, as attention takes the squa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -170,7 +170,8 @@ class MicroBatch:
     max_row_length: int | None = None  # of a row that samples share; None: each has a row
     counts: bool = True  # False for a rank that no example is left for
     loss_scale: float = 1.0  # factor of the loss in the backward pass alone
-    is_last: bool = False  # the step's gradient is complete with it
+    # Clips the adapter's gradient and gives its norm; None unless it is complete with this one.
+    clip_gradient: Callable[[], Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -230,6 +231,7 @@ class MicroBatchLoss:
     metrics: dict[str, float] = field(default_factory=dict)  # by their names in metrics.jsonl
     computed_tokens: int = 0  # padding included
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
+    grad_norm: float = 0.0  # before clipping; 0 until the step's gradient is complete
 
     def __add__(self, addend: MicroBatchLoss) -> MicroBatchLoss:
         sums = {

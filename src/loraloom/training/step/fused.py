@@ -4,7 +4,6 @@ The sum of the jobs' losses is differentiated at once: as no adapter's weights t
 each gets the gradient of its own. Axes: B rows of all jobs, L sequence, N labels, D hidden.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from loraloom.distributed import Ranks
 from loraloom.generation.scoring import collate, example_row, owners
 from loraloom.host.host import Host
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened
+from loraloom.routing.tally import RoutingTotals, sum_extra, widened
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, RowLayout, Rows, lay_out
 from loraloom.training.step.objectives import (
     has_fixed_metrics,
@@ -30,12 +29,43 @@ from loraloom.training.step.objectives import (
 )
 
 
-def forward_backward(
-    host: Host, micro_batches: Sequence[MicroBatch], pad_id: int
-) -> list[MicroBatchLoss]:
+@dataclass
+class UnreadLoss:
+    """A micro-batch's loss on the device, for which the host has not waited yet."""
+
+    summands: Tensor  # of this rank: loss, router losses, tokens, metrics, sums of routers
+    metric_names: Sequence[str]
+    routers: RoutingTotals | None  # of this rank
+    token_share: float
+    grad_norm: Tensor  # of the adapter; 0 until the step's gradient is complete
+
+    def report(self, grad_norm: float, sums: Iterable[float]) -> MicroBatchLoss:
+        """Make the report of all ranks' summands, added up."""
+        loss, aux_loss, tokens, *values = sums
+        metrics = dict(zip(self.metric_names, values, strict=False))  # those of routers come last
+        report = MicroBatchLoss(
+            loss, aux_loss, metrics=metrics, computed_tokens=round(tokens), grad_norm=grad_norm
+        )
+        if self.routers is None:
+            return report
+        routing_sums = torch.tensor(values[len(metrics) :], dtype=torch.float64)
+        routers = replace(self.routers, sums=routing_sums.view_as(self.routers.sums))
+        return replace(
+            report,
+            router_entropy=routers.entropy * self.token_share,
+            router_load_cv=routers.load_cv * self.token_share,
+            tokens_per_expert=routers.choices,
+        )
+
+
+# Losses of forwards, each with the index of what it is a part of.
+Pending = list[tuple[int, UnreadLoss]]
+
+
+def add_gradients(host: Host, micro_batches: Sequence[MicroBatch], pad_id: int) -> list[UnreadLoss]:
     """Add each micro-batch's gradient, times its loss's scale, to its adapter's."""
     # A loss is a share of the objective over the whole step: the cut changes no gradient. Each rank
-    # computes its share of the rows and a summand, for `sum_gradients`; losses are those of all.
+    # computes its share of the rows and a summand, for `sum_gradient`; losses are those of all.
     ranks = host.ranks
     score_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
     layout = lay_out([batch.share(ranks.rank, ranks.size) for batch in micro_batches])
@@ -48,16 +78,32 @@ def forward_backward(
         added = batch.adapter.config.auxiliary_loss(share.routing, share.samples, ranks.sum)
         if added is not None:
             share.aux_loss = (added * batch.token_share).to(share.loss.dtype)
-    reports = _fetch(micro_batches, shares, ranks)
+    if ranks.size > 1 and not all(has_fixed_metrics(batch.objective) for batch in micro_batches):
+        _share_metric_names(shares, ranks)
+    unread = []
+    scaled = []
+    for share, batch in zip(shares, micro_batches, strict=True):
+        unread.append(share.unread(batch.token_share))
+        scaled.append((share.loss + share.aux_loss) * batch.loss_scale)
     with ranks.together(), recovering(host.model):
-        # One that is not finite makes no gradient of use, and would spoil those of others.
-        finite = []
-        for batch, share, report in zip(micro_batches, shares, reports, strict=True):
-            if math.isfinite(report.loss + report.aux_loss):
-                finite.append((share.loss + share.aux_loss) * batch.loss_scale)
-        if finite:
-            torch.stack(finite).sum().backward()
-    return reports
+        losses = torch.stack(scaled)
+        # One that is not finite makes no gradient of use; the host does not wait to learn which.
+        losses.masked_fill(~losses.isfinite(), 0).sum().backward()
+    return unread
+
+
+def read_losses(ranks: Ranks, pending: Pending, num_totals: int) -> list[MicroBatchLoss]:
+    """Add losses up by index and over the ranks, and read them all from the device at once."""
+    totals = [MicroBatchLoss(0.0)] * num_totals
+    if not pending:
+        return totals
+    sums = ranks.sum(torch.cat([loss.summands for _, loss in pending]))
+    norms = torch.stack([loss.grad_norm for _, loss in pending])
+    numbers = iter(torch.cat([norms, sums]).tolist())
+    grad_norms = list(islice(numbers, len(pending)))
+    for (index, loss), grad_norm in zip(pending, grad_norms, strict=True):
+        totals[index] += loss.report(grad_norm, islice(numbers, len(loss.summands)))
+    return totals
 
 
 @dataclass
@@ -71,12 +117,15 @@ class _Share:
     computed_tokens: Tensor
     aux_loss: Tensor  # zero until all ranks' routers are known
 
-    def summands(self) -> Tensor:
+    def unread(self, token_share: float) -> UnreadLoss:
         values = [self.loss, self.aux_loss, self.computed_tokens, *self.metrics.values()]
-        scalars = widened(torch.stack(values).detach())
-        if self.routing is None:
-            return scalars
-        return torch.cat([scalars, measure_routing(self.routing).to(scalars).flatten()])
+        summands = widened(torch.stack(values).detach())
+        routers = None
+        if self.routing is not None:
+            routers = RoutingTotals.of(self.routing)
+            summands = torch.cat([summands, routers.sums.flatten()])
+        no_norm = summands.new_zeros(())
+        return UnreadLoss(summands, list(self.metrics), routers, token_share, no_norm)
 
 
 def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
@@ -138,31 +187,6 @@ def _share(
     return _Share(loss, metrics, routing, samples, num_computed, aux_loss=torch.zeros_like(loss))
 
 
-def _fetch(
-    micro_batches: Sequence[MicroBatch], shares: Sequence[_Share], ranks: Ranks
-) -> list[MicroBatchLoss]:
-    """Add all numbers of a round up over the ranks, and read them from the device at once."""
-    if ranks.size > 1 and not all(has_fixed_metrics(batch.objective) for batch in micro_batches):
-        _share_metric_names(shares, ranks)
-    summands = [share.summands() for share in shares]
-    numbers = iter(ranks.sum(torch.cat(summands)).tolist())
-    reports = []
-    for batch, share, sums in zip(micro_batches, shares, summands, strict=True):
-        loss, aux_loss, tokens, *values = islice(numbers, len(sums))
-        metrics = dict(zip(share.metrics, values, strict=False))  # those of routers come last
-        report = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=round(tokens))
-        if share.routing is not None:
-            routers = RoutingTotals.of(share.routing, values[len(metrics) :])
-            report = replace(
-                report,
-                router_entropy=routers.entropy * batch.token_share,
-                router_load_cv=routers.load_cv * batch.token_share,
-                tokens_per_expert=routers.choices,
-            )
-        reports.append(report)
-    return reports
-
-
 def _share_metric_names(shares: Sequence[_Share], ranks: Ranks) -> None:
     """Give each share the metrics that it has on any rank: elsewhere they add nothing."""
     by_rank = ranks.gather([list(share.metrics) for share in shares])
@@ -172,22 +196,20 @@ def _share_metric_names(shares: Sequence[_Share], ranks: Ranks) -> None:
         share.metrics = {name: share.metrics.get(name, zero) for name in all_names}
 
 
-def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
+def sum_gradient(ranks: Ranks, adapter: nn.Module) -> None:
     if ranks.size == 1:
         return
-    # One after the other, which takes less memory. A weight that no rank has a gradient of gets
-    # none, as an optimizer takes a zero for a gradient.
-    for adapter in adapters:
-        weights = [weight for weight in adapter.parameters() if weight.requires_grad]
-        with ranks.together():
-            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            counts = weights[0].new_tensor([float(w.grad is not None) for w in weights])
-            buffer = torch.cat([*(gradient.flatten() for gradient in gradients), counts])
-        ranks.add_up(buffer)
-        sizes = [weight.numel() for weight in weights]
-        *sums, counts = buffer.split([*sizes, len(weights)])
-        for weight, gradient, count in zip(weights, sums, counts.tolist(), strict=True):
-            weight.grad = gradient.view_as(weight) if count else None
+    # A weight that no rank has a gradient of gets none, as an optimizer takes a zero for one.
+    weights = [weight for weight in adapter.parameters() if weight.requires_grad]
+    with ranks.together():
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        counts = weights[0].new_tensor([float(w.grad is not None) for w in weights])
+        buffer = torch.cat([*(gradient.flatten() for gradient in gradients), counts])
+    ranks.add_up(buffer)
+    sizes = [weight.numel() for weight in weights]
+    *sums, counts = buffer.split([*sizes, len(weights)])
+    for weight, gradient, count in zip(weights, sums, counts.tolist(), strict=True):
+        weight.grad = gradient.view_as(weight) if count else None
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,7 +19,6 @@ from loraloom.adapters.tensor_names import matches
 from loraloom.base.quantization import import_library
 from loraloom.devices import has_separate_memory
 from loraloom.errors import ConfigError, shown
-from loraloom.host.host import Host
 from loraloom.training.settings import OptimizerConfig, TrainConfig
 
 
@@ -186,10 +184,3 @@ def build_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int)
             num_training_steps=total_steps,
             scheduler_specific_kwargs=dict(config.lr_scheduler_args),
         )
-
-
-def make_scaler(host: Host) -> GradScaler:
-    """Make the scaler of an adapter's losses, which does nothing except in float16."""
-    scaler = GradScaler(host.device.type, enabled=host.dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=host.device))  # the first tensor makes its state
-    return scaler
