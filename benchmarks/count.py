@@ -236,7 +236,7 @@ def make_model(shape: Shape) -> nn.Module:
     )
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16)  # pyright: ignore
+    return model.to(torch.bfloat16)
 
 
 def _make_step(
@@ -268,7 +268,7 @@ def _peft_step(case: str, model: nn.Module, tokens: Tensor, rank: int) -> Callab
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     wrapped: Any = peft.get_peft_model(
-        model,  # pyright: ignore[reportArgumentType]
+        model,
         config,
         autocast_adapter_dtype=not case.endswith("bf16"),
     ).train()

@@ -416,8 +416,8 @@ def vllm(options: argparse.Namespace) -> Iterator[Row]:
         yield {"vLLM": "not installed"}
         return
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams  # pyright: ignore
-    from vllm.lora.request import LoRARequest  # pyright: ignore
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     with TemporaryDirectory() as directory:
         model, _ = _load_base(options)

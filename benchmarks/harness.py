@@ -131,8 +131,8 @@ def main() -> None:
     requests: dict[str, list[Any]] = {}
     trial: list[Any] = []
     for name, task in zip(names, load_tasks(names, arguments.include), strict=True):
-        task.build_all_requests(limit=arguments.limit)  # pyright: ignore
-        requests[name] = task.instances  # pyright: ignore
+        task.build_all_requests(limit=arguments.limit)
+        requests[name] = task.instances
         trial += [request for request in requests[name] if request.doc_id < arguments.trial]
     bench = Bench(arguments)
     sizes = {

@@ -172,7 +172,7 @@ class JobSteps:
 def _random_tokens(model: torch.nn.Module, setting: StepSetting) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (setting.num_jobs * setting.rows, setting.length)
-    vocab_size: int = model.config.vocab_size  # pyright: ignore
+    vocab_size: int = model.config.vocab_size
     return torch.randint(3, vocab_size, shape, generator=generator)
 
 
@@ -189,7 +189,7 @@ def _peft_step(setting: StepSetting, *, tuned: bool) -> Step:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    wrapped = peft.get_peft_model(model, config).train()  # pyright: ignore[reportArgumentType]
+    wrapped = peft.get_peft_model(model, config).train()
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
@@ -199,7 +199,7 @@ def _peft_step(setting: StepSetting, *, tuned: bool) -> Step:
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bfloat16"):
             out = model.base_model(input_ids=tokens, use_cache=False)  # with PEFT's layers in it
         states = out.last_hidden_state[:, :-1].flatten(0, 1)
-        vocab_size: int = model.config.vocab_size  # pyright: ignore
+        vocab_size: int = model.config.vocab_size
         return token_losses(states, tokens[:, 1:].flatten(), head, vocab_size).mean()
 
     def step() -> None:

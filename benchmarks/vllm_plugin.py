@@ -163,7 +163,7 @@ def serve(args: argparse.Namespace, directory: Path, dtype: str, **settings: Any
 
 
 def lora_requests(models: list[str | None], names: list[str], directory: Path) -> list[Any]:
-    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest
 
     return [
         None if name is None else LoRARequest(name, 1 + names.index(name), str(directory / name))
@@ -210,7 +210,7 @@ def decode(host: Any, prompt: list[int], name: str | None, num_tokens: int) -> l
 
 def start(path: Path, **settings: Any) -> Any:
     """Start vLLM on a model directory."""
-    from vllm import LLM  # pyright: ignore[reportMissingImports]
+    from vllm import LLM
 
     defaults = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
     return LLM(str(path), **defaults | settings)
@@ -224,7 +224,7 @@ def ask(
     **settings: Any,
 ) -> list[list[int]]:
     """Ask everything at once; the greedy tokens of each answer."""
-    from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+    from vllm import SamplingParams, TokensPrompt
 
     answers = served.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],

@@ -227,7 +227,7 @@ def without_null(model: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def mocked(kind: type) -> Any:
     found = MagicMock()
-    found.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
+    found.__class__ = kind
     return found
 
 

@@ -51,7 +51,7 @@ def test_all_errors_are_exported():
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'loraloom' has no attribute 'atach'"):
-        _ = loraloom.atach  # pyright: ignore[reportAttributeAccessIssue]
+        _ = loraloom.atach
 
 
 def test_the_settings_of_every_method_are_exported():

@@ -82,7 +82,7 @@ class LoraloomConfig(PeftConfig):
         files = {path.name for path in directory.glob("adapter_*")}
         if CONFIG_FILE not in files or not files & {WEIGHTS_FILE, PICKLE_FILE}:
             name = str(pretrained_model_name_or_path)
-            return super().from_pretrained(name, subfolder, **kwargs)  # pyright: ignore
+            return super().from_pretrained(name, subfolder, **kwargs)
         fields = cls.from_json_file(str(directory / CONFIG_FILE))
         config = cls(read_stored(directory).config, kwargs.get("seed"), **_shared_fields(fields))
         config.file_fields, config.is_from_file = fields, True
@@ -276,9 +276,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         raise AssertionError("a host replaces no modules")
 
     @classmethod
-    def _get_adapter_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _get_adapter_state_dict(
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Lay an adapter's tensors out as in its files, with the values of a state dict."""
         tuner = model.base_model
         prefix = f"{_PREFIX}adapters.{adapter_name}."
@@ -296,9 +296,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return key
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _remap_adapter_state_dict_for_load(
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Copy an adapter's tensors in, named as in its files, and return its state."""
         tuner = model.base_model
         name = adapter_name

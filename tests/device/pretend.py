@@ -106,7 +106,7 @@ class PretendTensor(torch.Tensor):
     """A tensor on the device; `inner` has its numbers."""
 
     inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor):
@@ -140,7 +140,7 @@ class PretendTensor(torch.Tensor):
     def data(self, value):
         if not isinstance(value, PretendTensor):
             raise PretendError("a device's tensor can't take a CPU tensor's data")
-        torch.Tensor.data.__set__(self, value)  # pyright: ignore
+        torch.Tensor.data.__set__(self, value)
         self.inner = value.inner
 
     def tolist(self) -> Any:

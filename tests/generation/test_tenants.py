@@ -87,7 +87,7 @@ class Load:
         settings = {"max_rows": 4, "cache_tokens": 4096, "prefill_tokens": 32}
         self.engine = Engine(host, tokenizer, EngineLimits(**settings | limits))
         self.runner = CountingRunner()
-        self.engine._runner = self.runner  # pyright: ignore[reportAttributeAccessIssue]
+        self.engine._runner = self.runner
         self._wants: dict[str, tuple[Make, int]] = {}
         self._under_way: Counter[str] = Counter()
 

@@ -272,7 +272,7 @@ class Adapter(nn.Module, ABC):
         self.members: Mapping[str, Adapter] = {}  # the adapters that it is made of, by name
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
-            {b.path: dict(layer[b.module_name].items()) for b in base.blocks}  # pyright: ignore
+            {b.path: dict(layer[b.module_name].items()) for b in base.blocks}  # ty: ignore[not-callable]
             for base, layer in zip(base_layers, layers, strict=True)
         ]
 
@@ -430,7 +430,7 @@ class Adapter(nn.Module, ABC):
         """Return what the adapter has in place of a module of the base model; None for nothing."""
         for module in self.own_modules:
             if module.path == path:
-                return module  # pyright: ignore[reportReturnType]
+                return module  # ty: ignore[invalid-explicit-return]
         return None
 
     def group_low_rank(

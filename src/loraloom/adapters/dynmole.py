@@ -31,9 +31,9 @@ class DynMoleConfig(MixtureConfig):
     title = "DynMoLE"
     formula = "y = Wx + s·Σ_e ω_e B_e(A_e x), ω = p, of low entropy cut to top_p"
 
-    method: Literal["dynmole"] = "dynmole"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["dynmole"] = "dynmole"
     """Mixture of LoRA experts whose number depends on the router's entropy."""
-    num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_experts: ExpertCount = 8
     """Experts of each projection."""
     keep_top_k: int = Field(default=2, ge=1)
     """Experts that each token uses at least."""

@@ -27,9 +27,9 @@ class HydraLoraConfig(MixtureConfig):
     title = "HydraLoRA"
     formula = "y = Wx + s·Σ_e ω_e(x) B_e(Ax), ω = softmax(Rx)"
 
-    method: Literal["hydralora"] = "hydralora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["hydralora"] = "hydralora"
     """A shared A and a mixture of B on each linear layer."""
-    num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_experts: ExpertCount = 3
     """Matrices B of each projection."""
 
     def projection(

@@ -44,7 +44,7 @@ class LoraConfig(DecomposedConfig):
         "loraplus": "method: lora and train.loraplus_lr_ratio",
     }
 
-    method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["lora"] = "lora"
     """Low-rank adaptation of linear layers."""
     layers: Adjustable[tuple[_Index, ...] | None] = Field(default=None, min_length=1)
     """Decoder layers to adapt, counted from 0; null: all."""

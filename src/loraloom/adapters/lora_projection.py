@@ -7,6 +7,7 @@ experts of a base model, whose weights are one tensor, E of these, G = M·E.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class LoraProjection(Projection):
         self._prefixes = [self.key]
         if num_experts is not None:
             self._prefixes = [f"{self.key}.experts.{expert}" for expert in range(num_experts)]
-        options = {"dtype": dtype, "device": base.device}
+        options: dict[str, Any] = {"dtype": dtype, "device": base.device}
         experts = [len(self._prefixes)]
         if base.num_experts is not None:
             experts.append(base.num_experts)
@@ -56,7 +57,7 @@ class LoraProjection(Projection):
 
     @property
     def num_columns(self) -> int:
-        return self.lora_A.shape[:-1].numel()
+        return self.lora_A.shape[:-1].numel()  # ty: ignore[missing-attribute]
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
         """A of all experts, [S, I]; of stacks, [G, R, I]."""

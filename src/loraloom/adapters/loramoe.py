@@ -37,12 +37,12 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
     adds_up_over_ranks = False
     peft_type = "LORAMOE"
     layout = "reference"
-    title = "LoRAMoE"  # pyright: ignore
+    title = "LoRAMoE"
     formula = "y = Wx + s·Σ_e ω_e(x) B_e(A_e x) in the FFN, ω = softmax(Rx)"
 
-    method: Literal["loramoe"] = "loramoe"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["loramoe"] = "loramoe"
     """Mixture of LoRA experts on each FFN projection, all used by every token."""
-    num_experts: ExpertCount = 6  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_experts: ExpertCount = 6
     """Experts of each FFN projection."""
     balance_coef: Adjustable[float] = Field(default=0.1, ge=0, le=MAX_NUMBER)
     """Weight of the localized balancing constraint, σ²(Z) / μ(Z): Z are the sums of the experts'

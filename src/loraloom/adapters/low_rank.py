@@ -66,11 +66,11 @@ class DecomposedConfig(LowRankConfig):
     """Train the norm of each output row separately: DoRA, or MixDoRA in a mixture."""
 
     @property
-    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def title(self) -> str:  # ty: ignore[incompatible-property-override]
         return "DoRA" if self.weight_decomposition else "LoRA"
 
     @property
-    def needs_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_weights(self) -> bool:  # ty: ignore[incompatible-property-override]
         return self.weight_decomposition
 
 

@@ -67,9 +67,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     formula = "FFN(x) = Σ_j g_j · W_d'_e(j)(act(W_g'_e(j) x) ∘ W_u'_e(j) x), W' = W + sBA"
     aliases: ClassVar = {"mixdora": "method: mixlora with weight_decomposition: true"}
 
-    method: Literal["mixlora"] = "mixlora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["mixlora"] = "mixlora"
     """Mixture of LoRA experts in the FFN blocks."""
-    num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_experts: ExpertCount = 8
     """Experts in each FFN block."""
     compat: Literal["moe-peft"] | None = None
     """Compute what MoE-PEFT 2.0.2 does where it differs from the method: with routing: top_p the
@@ -99,11 +99,11 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         return LoraConfig(**settings)
 
     @property
-    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def title(self) -> str:
         return f"Mix{self.expert_config.title}"
 
     @property
-    def needs_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_weights(self) -> bool:
         return self.expert_config.weight_decomposition
 
     @property
@@ -213,7 +213,7 @@ class MixLoraAdapter(Adapter):
         return MoeFfn(self.router(block).detach(), top_k, weight)
 
     def router(self, block: Block) -> Tensor:
-        return self.layers[block.layer][_router_of(block)].weight  # pyright: ignore
+        return self.layers[block.layer][_router_of(block)].weight  # ty: ignore[not-subscriptable]
 
     def choose(
         self, block: Block, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens

@@ -22,9 +22,9 @@ class MolaConfig(RoutingConfig):
     title = "MoLA"
     formula = "y = Wx + s·Σ_j g_j B_e(j)(A_e(j) x)"
 
-    method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["mola"] = "mola"
     """Mixture of LoRA experts on each linear layer."""
-    num_experts: ExpertCount | tuple[ExpertCount, ...] = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_experts: ExpertCount | tuple[ExpertCount, ...] = 8
     """Experts of each projection: a number, or a list with one for each layer."""
     router_loss_scope: Adjustable[Literal["pooled", "per_layer"]] = "per_layer"
     """The mean of each router's load-balance loss, or the load over all routers together (pooled),

@@ -27,7 +27,7 @@ class MosLoraConfig(LowRankConfig):
     title = "MoSLoRA"
     formula = "y = Wx + scaling · B M A x"
 
-    method: Literal["moslora"] = "moslora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["moslora"] = "moslora"
     """A LoRA with a trained mixer M between A and B."""
     mixer_init: Adjustable[Literal["kaiming", "orthogonal"]] = "kaiming"
     """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""

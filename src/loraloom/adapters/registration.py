@@ -24,7 +24,7 @@ def any_method() -> Any:
 
 def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
     """Check the settings of an adapter, as in the `adapter:` section of a run file."""
-    any_config: Any = Annotated[any_method(), Field(discriminator="method")]
+    any_config: Any = Annotated[any_method(), Field(discriminator="method")]  # ty: ignore[invalid-type-form]
     return TypeAdapter(any_config).validate_python(dict(settings))
 
 

@@ -32,7 +32,7 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     title = "SMoRA"
     formula = "y = Wx + s·B(g ∘ Ax), g = softmax(Rx) over the top_k ranks"
 
-    method: Literal["smora"] = "smora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["smora"] = "smora"
     """A LoRA whose ranks are experts."""
     rank: int = Field(default=64, ge=1, le=2**10)
     """Ranks of each projection, every one an expert."""

@@ -7,7 +7,7 @@ Axes: I in_features, O out_features, R rank.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ class VeraConfig(AdapterConfig):
     title = "VeRA"
     formula = "y = Wx + b ∘ B(d ∘ Ax), A and B frozen"
 
-    method: Literal["vera"] = "vera"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["vera"] = "vera"
     """Two trained vectors around frozen random matrices."""
     rank: int = Field(default=256, ge=1, le=MAX_RANK)
     """Rows of A and length of d."""
@@ -65,7 +65,7 @@ class SharedProjections(Weights):
         adapted = config.adapted(base_layers)
         # A before B from one generator, and these bounds: PEFT draws the same numbers.
         generator = torch.Generator().manual_seed(config.projection_seed)
-        options = {"dtype": dtype, "device": adapted[0].device}
+        options: dict[str, Any] = {"dtype": dtype, "device": adapted[0].device}
         in_features = max(projection.in_features for projection in adapted)
         out_features = max(projection.out_features for projection in adapted)
         shapes = {
@@ -96,7 +96,7 @@ class VeraProjection(Projection):
         dtype: torch.dtype,
     ):
         super().__init__(base)
-        options = {"dtype": dtype, "device": base.device}
+        options: dict[str, Any] = {"dtype": dtype, "device": base.device}
         self.lambda_b = nn.Parameter(torch.zeros(base.out_features, **options))
         self.lambda_d = nn.Parameter(torch.full((config.rank,), config.d_initial, **options))
         # In a tuple, which torch doesn't look into: the adapter owns it, and no projection does.

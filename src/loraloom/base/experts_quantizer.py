@@ -36,7 +36,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 experts,
                 parameter,
                 compress_statistics=self.quantization_config.bnb_4bit_use_double_quant,
-                quant_type=self.quantization_config.bnb_4bit_quant_type,
+                quant_type=self.quantization_config.bnb_4bit_quant_type,  # ty: ignore[invalid-argument-type]
             )
             experts._is_hf_initialized = self.has_stacks = True
             options["missing_keys"].discard(name)
@@ -45,5 +45,5 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         operation.convert = convert
         return operation
 
-    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def is_serializable(self) -> bool:
         return not self.has_stacks  # transformers could not read them again

@@ -286,7 +286,7 @@ def _load_tokenizer(name: str, source: ModelSource) -> PreTrainedTokenizerBase:
 def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
     return tokenization_auto.AutoTokenizer.from_pretrained(
         source.location, trust_remote_code=False, local_files_only=source.cached, **options
-    )
+    )  # ty: ignore[invalid-explicit-return]
 
 
 def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:

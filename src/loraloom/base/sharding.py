@@ -27,7 +27,7 @@ def sharded_class(model_class: type[Any], device: torch.device) -> type[Any]:
         model_class.__init__(self, *args, **kwargs)
         shard(self, device)
 
-    return type(model_class.__name__, (model_class,), {"__init__": initialise})  # pyright: ignore
+    return type(model_class.__name__, (model_class,), {"__init__": initialise})
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

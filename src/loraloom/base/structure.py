@@ -86,7 +86,7 @@ def find_layers(model: nn.Module) -> str:
     if getattr(model.config, "is_encoder_decoder", False):
         raise unsupported(model, "it has an encoder")
     num_layers = getattr(text_config(model), "num_hidden_layers", None)
-    inside = {id(module) for module in model.get_decoder().modules()}  # pyright: ignore
+    inside = {id(module) for module in model.get_decoder().modules()}
     for path, module in model.named_modules():
         if id(module) not in inside or not isinstance(module, nn.ModuleList):
             continue
@@ -107,7 +107,7 @@ def unsupported(model: nn.Module, reason: str) -> ModelError:
 
 def text_config(model: nn.Module) -> Any:
     """Return the configuration of a model's text part; most models are nothing else."""
-    return model.config.get_text_config()  # pyright: ignore
+    return model.config.get_text_config()  # ty: ignore[missing-union-attribute, not-callable]
 
 
 def max_positions(config: Any) -> int:
@@ -299,7 +299,7 @@ def _head(model: nn.Module) -> Head:
     divisor = getattr(config, fields["divisor"], None)
     factor = getattr(config, fields["factor"], None)
     softcap = getattr(config, fields["softcap"], None)
-    head_linear = model.get_output_embeddings()  # pyright: ignore
+    head_linear = model.get_output_embeddings()  # ty: ignore[not-callable]
 
     def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = head_linear) -> Tensor:
         logits = linear(hidden_states)
@@ -319,7 +319,7 @@ def _describe(
     quantized: Sequence[QuantizedWeight],
 ) -> BaseInfo:
     config: Any = model.config
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # ty: ignore[not-callable]
     blocks = describe_blocks(layers)
     modules = _other_modules(model, layers_path, layers)
     projections = [projection for layer in layers for projection in layer.projections]
@@ -367,7 +367,7 @@ def _other_modules(
     text_model = layers_path.rpartition(".")[0]
     gatings = [block.gating for layer in layers for block in layer.blocks]
     activations = {id(gating.act) for gating in gatings if isinstance(gating, ActivationGating)}
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # ty: ignore[not-callable]
     modules = {}
     for path, module in model.named_modules():
         parameters = module.named_parameters(recurse=False)

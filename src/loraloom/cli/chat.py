@@ -146,5 +146,5 @@ def _answer(conversation: Conversation, text: str, model: str, sampling: Samplin
     except KeyboardInterrupt:
         pass
     finally:
-        answer.close()  # pyright: ignore[reportAttributeAccessIssue]
+        answer.close()  # ty: ignore[missing-attribute]
         print()

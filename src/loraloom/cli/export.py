@@ -23,7 +23,7 @@ class ExportOptions(BaseModelConfig):
     """Write an equivalent mixture-of-experts checkpoint (moe, default for a mixture), the base
     model with a plain adapter merged (merged, default for others), or llama.cpp's form of a plain
     adapter (gguf)."""
-    dtype: Dtype = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
+    dtype: Dtype = "float32"
     """Write weights in this dtype."""
 
 

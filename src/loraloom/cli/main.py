@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Python's own form has a line of code, which is none of the user's.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {plain(str(message))}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {plain(str(message))}\n"  # ty: ignore[invalid-assignment]
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         _app(words)(words or ["--help"])

@@ -34,7 +34,7 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.width = sys.maxsize
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.sort_base_mapping_type_on_output = False
     stream = StringIO()
     yaml.dump(settings, stream)
     return stream.getvalue()

@@ -163,7 +163,7 @@ class SourceEncoder:
             case _:  # chat
                 read = partial(self._read_chat, self._load_chat_template())
                 return _encode_each(rows, read, list)
-        return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
+        return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))  # ty: ignore[invalid-argument-type]
 
     def _load_chat_template(self) -> ChatTemplate:
         template = self.config.chat_template

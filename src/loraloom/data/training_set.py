@@ -197,7 +197,7 @@ class StreamPosition:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> StreamPosition:
         sources = tuple(SourcePosition(**source) for source in values["sources"])
-        return cls(**{**values, "sources": sources})
+        return cls(**{**values, "sources": sources})  # ty: ignore[invalid-argument-type]
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def _common_rank(files: AdapterFiles) -> tuple[int, float]:
             "experts must have one rank and one alpha to be stacked, got (rank, alpha) "
             f"{shown(sorted(settings))}; train experts without rank_pattern and alpha_pattern"
         )
-    return settings.pop()
+    return settings.pop()  # ty: ignore[invalid-explicit-return]
 
 
 def _read_blocks(files: AdapterFiles, rank: int) -> dict[str, dict[str, _Lora]]:

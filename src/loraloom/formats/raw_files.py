@@ -46,7 +46,7 @@ RECORD = "loraloom"
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # The first is that of the HTTP client, which huggingface_hub has changed: no connection, say.
-_HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+_HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)  # ty: ignore[invalid-assignment]
 
 
 def find_adapter(path_or_hub_id: str | Path) -> Path:

@@ -196,7 +196,7 @@ class Row:
             edits[token] = (addends.get(token, 0.0), penalty)
         allowed = request.constraint and request.constraint.allowed(vocab_size)
         draw = (mix64(sampling.seed, 0, request.place, len(self.new_ids)) >> 40) / 2**24
-        return TokenRule(sampling, draw, edits, allowed)
+        return TokenRule(sampling, draw, edits, allowed)  # ty: ignore[invalid-argument-type]
 
     def take(self, chosen: TokenLogProb) -> FinishReason | None:
         request = self.request

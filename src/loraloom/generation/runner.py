@@ -193,7 +193,7 @@ class Runner:
         return rows
 
     def bound_prepared(self, served: Sequence[Row]) -> None:
-        adapters = {row.request.adapter for row in served}  # pyright: ignore[reportUnhashable]
+        adapters = {row.request.adapter for row in served}
         self._prepared_for |= adapters
         if len(self._prepared_for) > max(MAX_PREPARED, len(adapters)):
             self._prepare_anew(served, adapters)

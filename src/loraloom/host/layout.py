@@ -68,8 +68,8 @@ def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
         case [str(name), float() | int() as scale] if math.isfinite(scale):
             return name, float(scale)
         case [list() | tuple(), *_] if all(isinstance(term, list | tuple) for term in adapter):
-            pairs: Any = [name_and_scale(term) for term in adapter]  # pyright: ignore
-            if pairs == [tuple(term) for term in adapter]:  # pyright: ignore[reportArgumentType]
+            pairs: Any = [name_and_scale(term) for term in adapter]
+            if pairs == [tuple(term) for term in adapter]:
                 return write_sum(pairs), 1.0
     raise AdapterError(
         "a row's adapter must be a name, (name, scale) with a finite scale, a sum as "

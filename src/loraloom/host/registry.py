@@ -153,7 +153,7 @@ class AdapterRegistry:
             self.check_attached()
             self._check_is_free(adapter.name)
             for module in adapter.own_modules:
-                self.wiring.lead_through(module.path)  # pyright: ignore[reportArgumentType]
+                self.wiring.lead_through(module.path)  # ty: ignore[invalid-argument-type]
             self._put({**self.hosted.adapters, adapter.name: adapter})
         return adapter
 

@@ -48,7 +48,7 @@ class DecoderLayer:
             return self.base_forward(*args, **kwargs)
         # Adapters' random numbers depend on no generator's state.
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(self._run, forward, *args, **options, **kwargs)
+        return checkpoint(self._run, forward, *args, **options, **kwargs)  # ty: ignore[invalid-argument-type]
 
     def _run(self, forward: ForwardContext, *args: Any, **kwargs: Any) -> Any:
         # In the backward pass, maybe in another thread, the forward is over.
@@ -230,7 +230,7 @@ class QuantizedLinear:
         if not torch.is_grad_enabled():
             return self.base_forward(hidden_states)
         if hidden_states.requires_grad:
-            return _ThroughWeight.apply(hidden_states, self)  # pyright: ignore
+            return _ThroughWeight.apply(hidden_states, self)
         return self.output(hidden_states)
 
     def output(self, hidden_states: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class _ThroughWeight(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):
         return grad @ ctx.weight.dequantized().to(grad.dtype), None
 
 

@@ -71,7 +71,7 @@ def expert_rows(
     if not torch.is_grad_enabled():
         return _forward(rows, hidden_states, weights, updates)[0]
     tensors = [tensor for update in updates for tensor in _tensors(update)]
-    return _ExpertRows.apply(rows, updates, hidden_states, weights, *tensors)  # pyright: ignore
+    return _ExpertRows.apply(rows, updates, hidden_states, weights, *tensors)
 
 
 def _tensors(update: ExpertUpdate) -> list[Tensor | None]:
@@ -386,7 +386,7 @@ class _ExpertRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):
         rows: _Rows = ctx.rows
         saved = ctx.saved_tensors
         num_leaves = 4 + len(ctx.updates) * _NUM_TENSORS

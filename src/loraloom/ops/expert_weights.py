@@ -81,7 +81,7 @@ def stack_experts(weights: Sequence[ExpertWeights]) -> ExpertWeights:
     down = None if first.down is None else _stack_sides([each.down for each in weights])
     places = None
     if first.places is not None:
-        places = torch.stack([each.places for each in weights])  # pyright: ignore
+        places = torch.stack([each.places for each in weights])  # ty: ignore[invalid-argument-type]
     return replace(first, up=up, down=down, places=places)
 
 

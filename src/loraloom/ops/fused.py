@@ -35,10 +35,10 @@ def fused_on_accelerators(function: _Function) -> _Function:
                 raise
             _failed.add(function)
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"{function.__name__} is not compiled: {reason}", stacklevel=2)
+            warnings.warn(f"{function.__name__} is not compiled: {reason}", stacklevel=2)  # ty: ignore[missing-attribute]
             return function(*args)
 
-    return update_wrapper(call, function)  # pyright: ignore[reportReturnType]
+    return update_wrapper(call, function)  # ty: ignore[invalid-explicit-return]
 
 
 @cache
@@ -46,7 +46,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function as one graph, for any number of rows."""
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, _MAX_CONFIGURATIONS)
+    config.recompile_limit = max(config.recompile_limit, _MAX_CONFIGURATIONS)  # ty: ignore[invalid-assignment]
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 

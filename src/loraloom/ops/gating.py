@@ -39,7 +39,7 @@ def gate_with_gradients(
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """Gate, outside of any graph; return the hidden states and their vector-Jacobian product."""
     if torch.compiler.is_compiling():
-        return torch.func.vjp(gating, *outputs)  # pyright: ignore[reportReturnType]
+        return torch.func.vjp(gating, *outputs)  # ty: ignore[invalid-explicit-return]
     # Leaves, so that the graph is as long as the gating.
     with torch.enable_grad():
         leaves = [output.detach().requires_grad_() for output in outputs]

@@ -37,7 +37,7 @@ class GroupedDown(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):
         hidden_states, lora_A, keep = ctx.saved_tensors
         dropped = apply_keep_mask(hidden_states, keep)
         if keep is not None:
@@ -76,7 +76,7 @@ class GroupedUp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):
         low_rank, lora_B = ctx.saved_tensors
         grads = RankGradients(lora_B, torch.zeros_like(low_rank))
         for piece in ctx.slots.by_group:
@@ -92,15 +92,15 @@ class CombineSlots(torch.autograd.Function):
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
         excess = excess_rows(row_scale, output.dtype)
         tensors = without_graph([output, low_rank, lora_B, excess, bias, slot_weights])
-        total, unscaled = _combine(*tensors, slots)  # pyright: ignore
+        total, unscaled = _combine(*tensors, slots)  # ty: ignore[invalid-argument-type]
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)
         ctx.slots = slots
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = _combine_gradients(grad, *ctx.saved_tensors, ctx.slots)  # pyright: ignore
+    def backward(ctx, grad):
+        gradients = _combine_gradients(grad, *ctx.saved_tensors, ctx.slots)
         grad_output, grad_low_rank, grad_B, grad_scale, grad_weights = gradients
         return grad_output, grad_low_rank, grad_B, grad_scale, None, grad_weights, None
 

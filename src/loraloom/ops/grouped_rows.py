@@ -15,7 +15,7 @@ def grouped_product(
 
     `known` is the product where it was computed before, or is not read.
     """
-    return _GroupedProduct.apply(rows, weights, stops, known)  # pyright: ignore[reportReturnType]
+    return _GroupedProduct.apply(rows, weights, stops, known)
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -31,7 +31,7 @@ class _GroupedProduct(torch.autograd.Function):
         return multiply_groups(_quick(rows), _quick(weights), stops).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):  # ty: ignore[incompatible-method-override]
         rows, weights, stops = ctx.saved_tensors
         dtype = rows.dtype
         rows = _quick(rows)

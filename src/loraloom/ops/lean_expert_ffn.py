@@ -78,7 +78,7 @@ def lean_expert_ffn(
         tensors[f"keep {slot}"] = keep
     sides = [_Side.of(side, slots) for side in weights.inputs]
     block = _Block(slots, gating, dropout.scale, weights.width, sides, list(tensors))
-    hidden, down_rank = _LeanFfn.apply(block, *tensors.values())  # pyright: ignore
+    hidden, down_rank = _LeanFfn.apply(block, *tensors.values())
     return hidden, partial(_finish, down_rank, weights.down, slot_weights, slots)
 
 
@@ -88,7 +88,7 @@ def _project_input(
     keep, p = dropout.keep_input, dropout.probability
     if slots.group is None:
         return down_project(hidden_states, input_A, keep, p)
-    return GroupedDown.apply(hidden_states, input_A, keep, p, slots)  # pyright: ignore
+    return GroupedDown.apply(hidden_states, input_A, keep, p, slots)
 
 
 def _finish(
@@ -293,7 +293,7 @@ class _LeanFfn(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
+    def backward(ctx, grad_hidden, grad_down):
         *inputs, unweighted = ctx.saved_tensors
         block = ctx.block
         tensors = block.by_name(inputs)

@@ -86,7 +86,7 @@ class _DownProject(torch.autograd.Function):
         return low_rank * (1 / (1 - dropout))
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):  # ty: ignore[incompatible-method-override]
         hidden_states, lora_A, keep = ctx.saved_tensors
         if keep is not None:
             grad = grad * (1 / (1 - ctx.dropout))
@@ -105,7 +105,7 @@ def down_project(
     dropout: float = 0.0,
 ) -> Float[Tensor, "T S"]:
     """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`."""
-    return _DownProject.apply(hidden_states, lora_A, keep, dropout)  # pyright: ignore
+    return _DownProject.apply(hidden_states, lora_A, keep, dropout)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -124,7 +124,7 @@ class _AddLowRank(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):  # ty: ignore[incompatible-method-override]
         rows = grad.reshape(-1, grad.shape[-1])
         factors = ctx.saved_tensors  # read once, which is all that checkpointing allows
         num_spans = len(ctx.spans)
@@ -146,7 +146,7 @@ def add_low_rank_(
     lora_B: list[Tensor],
 ) -> Float[Tensor, "*batch O"]:
     """Add `low_rank[i] @ lora_B[i]` to the token rows `spans[i]` of `output`, in place."""
-    return _AddLowRank.apply(output, spans, *low_rank, *lora_B)  # pyright: ignore
+    return _AddLowRank.apply(output, spans, *low_rank, *lora_B)
 
 
 def decompose(

@@ -97,7 +97,7 @@ class Piece:
         if keep_slots[0] is None:
             return values
         if not self.owns_rows:
-            return apply_keep_mask(values, keep_slots[self.slots][self.rows])  # pyright: ignore
+            return apply_keep_mask(values, keep_slots[self.slots][self.rows])
         sizes = torch.bincount(self.slots, minlength=len(keep_slots)).tolist()
         by_slot = zip(keep_slots, self.rows.split(sizes), strict=True)
         keep = [mask.index_select(0, rows) for mask, rows in by_slot if mask is not None]

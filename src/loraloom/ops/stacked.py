@@ -108,7 +108,7 @@ class StackedSide(StackedWeights):
             # Added to the update, which is the step's own: slots share the base's rows.
             return update.add_(output)
         row_scale = self.row_scale
-        if slots is not None and row_scale.shape[:2].numel() != 1:
+        if slots is not None and row_scale.shape[:2].numel() != 1:  # ty: ignore[missing-attribute]
             row_scale = embedding(slots.expert_numbers, row_scale.flatten(0, 1))
         return decompose(output.expand_as(update), update, row_scale, self.bias)
 
@@ -171,7 +171,7 @@ class StackedFfn(StackedWeights):
             states = states.expand(-1, -1, slots.masks.shape[2], -1)
         down_rank = self._reduce(states, slots, tokens)
         hidden = states if slots is None or self.apart else slots.combine(states)
-        finish = partial(self._finish, down_rank, slots, states.shape[:-1])
+        finish = partial(self._finish, down_rank, slots, states.shape[:-1])  # ty: ignore[invalid-argument-type]
         return hidden.reshape(-1, hidden.shape[-1]), finish
 
     def _route(

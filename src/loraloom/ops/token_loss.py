@@ -32,12 +32,12 @@ class _TokenLosses(torch.autograd.Function):
             losses.append(chunk_losses)
             grads.append(grad)
         if with_grad:
-            ctx.save_for_backward(torch.cat(grads))
+            ctx.save_for_backward(torch.cat(grads))  # ty: ignore[invalid-argument-type]
         return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):
         (unit_grad,) = ctx.saved_tensors
         return (unit_grad * grad[:, None]).to(unit_grad.dtype), None, None, None
 
@@ -100,7 +100,7 @@ def token_losses(
     """`cross_entropy(head(hidden_states), labels, reduction="none")` in chunks."""
     # Losses are float32 or, of float64 states, float64. The head is the frozen output layer with
     # its scaling and soft-capping; its weights get no gradient.
-    return _TokenLosses.apply(hidden_states, labels, head, vocab_size)  # pyright: ignore
+    return _TokenLosses.apply(hidden_states, labels, head, vocab_size)
 
 
 def trained_token_losses(

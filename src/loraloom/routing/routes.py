@@ -139,7 +139,7 @@ class _RouterLogits(torch.autograd.Function):
         return _router_input(hidden_states, router, jitter) @ router.T
 
     @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad):  # ty: ignore[incompatible-method-override]
         hidden_states, router, jitter = ctx.saved_tensors
         grad_hidden = grad @ router
         if jitter is not None:
@@ -159,4 +159,4 @@ def router_logits(
     jitter: Float[Tensor, "T D"] | None = None,
 ) -> Float[Tensor, "T E"]:
     """Compute `(hidden_states * jitter) @ router.T` in float32 (float64 for a float64 router)."""
-    return _RouterLogits.apply(hidden_states, router, jitter)  # pyright: ignore
+    return _RouterLogits.apply(hidden_states, router, jitter)

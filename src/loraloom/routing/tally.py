@@ -66,7 +66,7 @@ def sum_extra(routing: Sequence[LayerRouting]) -> dict[str, Float[Tensor, ""]]:
     sums: dict[str, list[Tensor]] = {}
     for record in routing:
         for name, values in record.extra.items():
-            numbers_per_token = values.shape[1:].numel()
+            numbers_per_token = values.shape[1:].numel()  # ty: ignore[missing-attribute]
             total = widened(values.detach()).sum() / numbers_per_token
             sums.setdefault(name, []).append(total)
     return {name: torch.stack(totals).mean() for name, totals in sums.items()}

@@ -270,7 +270,7 @@ class Job:
         self.best = state["best"]
         self.scheduler.load_state_dict(state["scheduler"])
         loss = MicroBatchLoss(**state["position"]["loss"])
-        self.position = Position(**{**state["position"], "loss": loss})
+        self.position = Position(**{**state["position"], "loss": loss})  # ty: ignore[invalid-argument-type]
         self.selection = Selection(**state["selection"])
         self.collapse = CollapseWatch(**state["collapse"])
         if self.reference is not None:

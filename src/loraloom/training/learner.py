@@ -74,7 +74,7 @@ class Learner:
         weights = self.parameters.values()
         if self.scales_losses:
             gradients = [weight.grad for weight in weights if weight.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)  # pyright: ignore
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
         return clip_grad_norm_(weights, max_norm)
 

@@ -218,7 +218,7 @@ def _attending_without_data() -> Iterator[None]:
         return flash_attention(query, key, value, attn_mask=mask, **options)[0]
 
     # A mode would not be there when the backward pass computes a checkpointed layer again.
-    functional.scaled_dot_product_attention = attend_without_data
+    functional.scaled_dot_product_attention = attend_without_data  # ty: ignore[invalid-assignment]
     try:
         yield
     finally:

@@ -78,7 +78,7 @@ class Progress:
         position = job.position
         begun = (time.monotonic(), position.tokens)
         fields = {"loss": "-", "rate": 0, "measured": "", "begun": begun}
-        self._bars.add_task(job.name, total=job.total_steps, completed=position.step, **fields)
+        self._bars.add_task(job.name, total=job.total_steps, completed=position.step, **fields)  # ty: ignore[invalid-argument-type]
         self._tasks[job.name] = self._bars.tasks[-1]
         self._due_at = 0.0
 

@@ -62,7 +62,7 @@ class RoutedConfig(AdapterConfig):
     title = "routed"
     formula = "y = Wx + Σ_j g_j u_e(j)(x), u of adapters trained apart"
 
-    method: Literal["routed"] = "routed"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["routed"] = "routed"
     """Separately trained adapters, and a router that chooses among them."""
     experts: dict[Annotated[str, AfterValidator(check_name)], str | Expert] = Field(
         min_length=1, max_length=MAX_EXPERTS
@@ -144,7 +144,7 @@ class RoutedConfig(AdapterConfig):
         for expert_name, config in self._expert_configs().items():
             expert_seed = generator_for(seed, expert_name).initial_seed()
             expert = config.build(f"{name}/{expert_name}", base_layers, dtype, expert_seed)
-            expert.prompt = self.experts[expert_name].prompt  # pyright: ignore
+            expert.prompt = self.experts[expert_name].prompt  # ty: ignore[missing-union-attribute]
             expert.is_trained = False
             experts.append(expert)
         return RoutedAdapter(name, self, base_layers, experts, dtype, seed)

@@ -120,7 +120,7 @@ class GrammarCompiler:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        backend: Any = self._hf_tokenizer.backend_tokenizer  # pyright: ignore
+        backend: Any = self._hf_tokenizer.backend_tokenizer
         return {
             "tokenizer": backend.to_str(),
             "n_vocab": self._vocab_size,

@@ -170,7 +170,7 @@ class CompletionBody(SamplingBody):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else self.prompt  # pyright: ignore[reportReturnType]
+        return [self.prompt] if is_one else self.prompt  # ty: ignore[invalid-explicit-return]
 
 
 class LoadBody(StrictModel):

@@ -107,8 +107,8 @@ class _AccessLog:
         try:
             await self._app(scope, receive, answer)
         finally:
-            path = get_path_with_query_string(scope)  # pyright: ignore
-            client = get_client_addr(scope)  # pyright: ignore
+            path = get_path_with_query_string(scope)  # ty: ignore[invalid-argument-type]
+            client = get_client_addr(scope)  # ty: ignore[invalid-argument-type]
             details = [f"{time.monotonic() - begun_s:.2f} s", f"request {request_id}"]
             if TENANT in scope:
                 details.append(f"key {scope[TENANT][:8]}")
@@ -143,17 +143,17 @@ class Server(uvicorn.Server):
                 log_level="error",
                 ws="none",
                 lifespan="on",
-                http=connection,  # pyright: ignore[reportArgumentType]
+                http=connection,  # ty: ignore[invalid-argument-type]
                 timeout_keep_alive=IDLE_S,
                 backlog=_BACKLOG,
                 # a client that reads no more must not keep the process
-                timeout_graceful_shutdown=engine.limits.max_request_s,  # pyright: ignore[reportArgumentType]
+                timeout_graceful_shutdown=engine.limits.max_request_s,  # ty: ignore[invalid-argument-type]
             )
         )
 
     async def on_tick(self, counter: int) -> bool:
         for connection in list(self.server_state.connections):
-            connection.end_if_slow()  # pyright: ignore[reportAttributeAccessIssue]
+            connection.end_if_slow()  # ty: ignore[missing-union-attribute]
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

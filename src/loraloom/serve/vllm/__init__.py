@@ -65,7 +65,7 @@ def serve_with_vllm(options: Any, keys: Sequence[str]) -> None:
     arguments, settings = vllm_command(options, keys, *_fold_all(options))
     os.environ.update(settings)
     sys.argv = ["vllm", *arguments]  # keys are said nowhere that other processes can read
-    from vllm.entrypoints.launchers.api_server.entry import main  # pyright: ignore[reportMissingImports]
+    from vllm.entrypoints.launchers.api_server.entry import main
 
     main()
 

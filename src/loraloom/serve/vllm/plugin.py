@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm import distributed, forward_context  # pyright: ignore
-from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
-from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
-from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager  # pyright: ignore
-from vllm.model_executor.layers import linear  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models import gemma2, llama, mistral, qwen2  # pyright: ignore
+from vllm import distributed, forward_context
+from vllm.config import set_current_vllm_config
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.model_executor.layers import linear
+from vllm.model_executor.models import gemma2, llama, mistral, qwen2
 
 from loraloom.errors import FormatError, LoraloomError
 from loraloom.formats.files import read_stored
@@ -41,14 +41,14 @@ def install() -> None:
 def add_routers(model: nn.Module, vllm_config: Any) -> None:
     """Give each FFN block a router if that can be; loading a mixture says why it can't."""
     blocks = {name: module for name, module in model.named_modules() if type(module) in _BLOCKS}
-    model.loraloom_refusal = _refusal(model, blocks, vllm_config)  # pyright: ignore
+    model.loraloom_refusal = _refusal(model, blocks, vllm_config)  # ty: ignore[invalid-assignment]
     if model.loraloom_refusal is not None:
         _log.warning("mixtures can't be served: %s", model.loraloom_refusal)
         return
     for name, block in blocks.items():
         block.router = _router(block, f"{name}.router", vllm_config)
-        block.place, block.slots = f"{name}.experts", max_top_k()  # pyright: ignore
-        block.sum_over_devices = distributed.tensor_model_parallel_all_reduce  # pyright: ignore
+        block.place, block.slots = f"{name}.experts", max_top_k()
+        block.sum_over_devices = distributed.tensor_model_parallel_all_reduce
         block.__class__ = _mixture_class(type(block))
         vllm_config.compilation_config.static_forward_context[block.place] = block
 
