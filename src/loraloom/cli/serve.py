@@ -70,8 +70,6 @@ class ServeOptions(HostOptions):
     cache_tokens: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=32)
     """Size the key-value cache for N tokens. Default: --max-rows at full length, in at most a
     quarter of free memory."""
-    shared_prompt_cache: Annotated[bool, Section.LIMITS] = False
-    """Share cached prompts between API keys. Response times then reveal others' prompts."""
     max_waiting: Annotated[int, Section.LIMITS] = Field(default=256, ge=1)
     """Queue at most N completions."""
     chat_template: Text | None = None
@@ -91,9 +89,6 @@ class ServeOptions(HostOptions):
             yield from self.misused(["admin_key_file", "adapter_root"], "requires --allow-loading")
         if self.adapter_dir is None:
             yield from self.misused(["max_adapters"], "requires --adapter-dir")
-        if self.api_key_file is None and self.admin_key_file is None:
-            reason = "requires API keys; pass --api-key-file FILE"
-            yield from self.misused(["shared_prompt_cache"], reason)
         if self.no_api_key and self.api_key_file is not None:
             yield "--api-key-file and --no-api-key exclude each other; pass only one option"
 
@@ -181,7 +176,6 @@ def _prepare(
         options.max_rows,
         options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),
         max_waiting=options.max_waiting,
-        shares_prompts=options.shared_prompt_cache,
     )
     engine = Engine(model, tokenizer, limits)
     base_name, *aliases = options.served_model_name or (options.base_model,)

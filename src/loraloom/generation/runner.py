@@ -93,7 +93,6 @@ class Runner:
         self._host = host
         # no token has a part of a running state
         self._keeps_prompts = limits.keeps_prompts and not keeps_running_states(host.config)
-        self._shares_prompts = limits.shares_prompts
         self.prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
         # of each adapter a number, another one when its weights have changed, and their version
@@ -206,7 +205,7 @@ class Runner:
 
     def _salt_of(self, row: Row) -> Hashable:
         """What tells those apart who may not use one another's prompts: customers, weights."""
-        tenant = "" if self._shares_prompts else row.share.tenant
+        tenant = row.share.tenant
         name, scale = name_and_scale(row.request.adapter)
         if name is None:
             return tenant, None

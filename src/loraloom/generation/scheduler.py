@@ -33,8 +33,6 @@ class EngineLimits:
     """Seconds after which a request fails, waiting included."""
     keeps_prompts: bool = True
     """What is kept of a prompt is of use to whoever sent it: to others, times would tell it."""
-    shares_prompts: bool = False
-    """Let all customers use it."""
 
 
 @dataclass(eq=False)
