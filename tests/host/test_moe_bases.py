@@ -221,25 +221,6 @@ def test_files_of_an_early_peft_are_refused(tmp_path):
         host.load("b", tmp_path / "a")
 
 
-def test_a_dora_is_that_of_each_experts_weight():
-    host = placed_host("qwen3_moe", "dora")
-    adapter = host.adapter("dora")
-    ours = host(IDS, adapters=["dora"] * 3).logits
-    host.detach()
-    with torch.no_grad():
-        for projection in adapter.projections():
-            weight = projection.base.weight
-            update = (
-                3 * projection.get_parameter("lora_B")[0] @ projection.get_parameter("lora_A")[0]
-            )
-            changed = weight + update
-            magnitude = projection.get_parameter("lora_magnitude_vector")[0]
-            changed = magnitude[..., None] * changed / changed.norm(dim=2, keepdim=True)
-            projection.base.set_weight(changed)
-        expected = host.model(input_ids=IDS).logits
-    assert relative_error(ours, expected) < 1e-7
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["lora", "dora", "shared-dora", "some-dora"])
 def test_a_scale_is_of_what_an_adapter_does_to_the_weights(name):
@@ -249,68 +230,6 @@ def test_a_scale_is_of_what_an_adapter_does_to_the_weights(name):
         base = projection.base
         base.set_weight((base.weight + projection.merged(torch.float64)) / 2)
     assert relative_error(halved, host(IDS).logits) < 1e-7
-
-
-def test_shared_outer_factors_are_equal_factors_of_all_experts():
-    changes = {"target_modules": ("experts",), "rank": 4, "expert_rank": 4}
-    host = tiny_host(
-        "qwen3_moe",
-        {
-            "shared": LoraConfig(shared_outer=True, **changes),
-            "own": LoraConfig(**changes),
-        },
-    )
-    shared, own = (host.adapter(name) for name in ("shared", "own"))
-    own.load_tensors(
-        {
-            name: shared.tensors()[name].expand(tensor.shape)
-            for name, tensor in own.tensors().items()
-        }
-    )
-    logits = host(IDS.repeat(2, 1), adapters=["shared"] * 3 + ["own"] * 3).logits
-    assert relative_error(logits[:3], logits[3:]) < 1e-9
-    logits.square().sum().backward()
-    for ours, theirs in zip(shared.parameters(), own.parameters(), strict=True):
-        expected = theirs.grad.sum_to_size(ours.shape)
-        assert relative_error(ours.grad, expected) < 1e-6
-    shapes = {name: tuple(tensor.shape) for name, tensor in shared.tensors().items()}
-    assert shapes["layers.0.mlp.experts.gate_up_proj.lora_A"] == (1, 4, 32)
-    assert shapes["layers.0.mlp.experts.down_proj.lora_B"] == (1, 32, 4)
-
-
-@pytest.mark.parametrize("is_dora", [False, True])
-def test_a_lora_on_some_experts_is_one_on_all_whose_others_are_zero(is_dora):
-    changes = {"target_modules": ("experts",), "rank": 4, "weight_decomposition": is_dora}
-    host = tiny_host(
-        "qwen3_moe",
-        {
-            "some": LoraConfig(base_experts={0: (1, 3), 1: (2,)}, **changes),
-            "all": LoraConfig(**changes),
-        },
-    )
-    some, whole = (host.adapter(name) for name in ("some", "all"))
-    before = host(IDS).logits
-    values = whole.tensors()
-    chosen = {"layers.0": [1, 3], "layers.1": [2]}
-    for name, tensor in some.tensors().items():
-        experts = chosen[name[:8]]
-        if name.endswith(("lora_A", "lora_B")):
-            values[name] = torch.zeros_like(values[name])
-        else:
-            projection = next(p for p in whole.projections() if name.startswith(p.key))
-            values[name] = projection.base.squared_norms.sqrt()
-        values[name][experts] = tensor
-    whole.load_tensors(values)
-    logits = host(IDS.repeat(2, 1), adapters=["some"] * 3 + ["all"] * 3).logits
-    assert relative_error(logits[:3], logits[3:]) < 1e-9
-    assert relative_error(logits[:3], before) > 1e-3
-    logits.square().sum().backward()
-    for projection, expected in zip(some.projections(), whole.projections(), strict=True):
-        for name, weight in projection.named_parameters():
-            theirs = expected.get_parameter(name).grad[:, chosen[projection.key[:8]]]
-            assert relative_error(weight.grad, theirs) < 1e-6
-    host.merge("some")
-    assert relative_error(host(IDS).logits, logits[:3]) < 1e-7
 
 
 def test_the_busiest_experts_are_counted_by_layer():
