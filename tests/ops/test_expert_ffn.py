@@ -1,14 +1,13 @@
-"""The FFN block of a mixture: specification and lean twin against a dense loop, in float64."""
+"""The FFN block of a mixture against a dense loop, in float64."""
 
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from loraloom.ops import slot_pieces
-from loraloom.ops.expert_ffn import FfnDropout, Routing, expert_ffn
+from loraloom.ops.expert_ffn import FfnDropout, Routing, mapped_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from tests.ops.ffn_case import (
     GATINGS,
@@ -30,21 +29,24 @@ def in_groups_of(size, arguments):
 
 
 def grouped_expert_ffn(*arguments):
-    """The lean twin with slots sorted by groups of two experts, as of many experts."""
+    """Slots sorted by groups of two experts, as where there are many."""
     return in_groups_of(2, arguments)
 
 
 def sorted_expert_ffn(*arguments):
-    """The lean twin with slots sorted by expert, as in float32."""
+    """Slots sorted by expert, as in float32."""
     return in_groups_of(1, arguments)
 
 
-def without_routing(ffn, x, outputs, weights, routing, gating, dropout):
-    return ffn(x, outputs, weights, None, gating, dropout)
+def without_routing(x, outputs, weights, routing, gating, dropout):
+    return lean_expert_ffn(x, outputs, weights, None, gating, dropout)
+
+
+def without_maps(x, outputs, weights, routing, gating, dropout):
+    return mapped_ffn(x, outputs, weights, gating, dropout, tokens=None)
 
 
 LEAN_WAYS = [lean_expert_ffn, grouped_expert_ffn, sorted_expert_ffn]
-both = pytest.mark.parametrize("ffn", [expert_ffn, *LEAN_WAYS])
 lean_ways = pytest.mark.parametrize("ffn", LEAN_WAYS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 PARTS = [
@@ -59,7 +61,7 @@ PARTS = [
 ]
 
 
-@both
+@lean_ways
 @every_shape
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_output_and_gradients_are_those_of_a_dense_loop(
     assert_equals_loop(ffn, case)
 
 
-@both
+@lean_ways
 @pytest.mark.parametrize(("shape", "targets"), PARTS)
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_projections_without_experts_keep_their_base_output(ffn, shape, targets, decomposed):
@@ -101,8 +103,8 @@ def test_pieces_do_not_change_the_result(ffn, shape, decomposed, num_tokens, mon
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_plain_lora_is_one_expert_of_weight_one(shape, decomposed):
     case = make_case(shape, top_k=1, num_experts=1, dropout=0.4, decomposed=decomposed)
-    for ffn in (expert_ffn, lean_expert_ffn):
-        assert_equals_loop(partial(without_routing, ffn), case)
+    for ffn in (without_routing, without_maps):
+        assert_equals_loop(ffn, case)
 
 
 @lean_ways
@@ -125,7 +127,7 @@ def test_a_second_derivative_is_refused():
         sum(grad.square().sum() for grad in grads).backward()
 
 
-@both
+@lean_ways
 def test_no_tokens_give_no_output(ffn):
     assert run(ffn, make_case("gated", num_tokens=0)).shape == (0, 5)
 
@@ -137,7 +139,7 @@ def test_the_base_sees_each_token_once_whatever_top_k_is():
         gate = torch.randn(5, 6, dtype=x.dtype)
         routing = Routing(case.selected, case.routing_weights)
         arguments = (x, [gate, gate], compute_form(case), routing, GATINGS["gated"], case.dropout)
-        assert [len(ffn(*arguments)[0]) for ffn in (expert_ffn, lean_expert_ffn)] == [5, 5]
+        assert len(lean_expert_ffn(*arguments)[0]) == 5
 
 
 class Kept:
@@ -170,17 +172,15 @@ def kept_numbers(ffn: FfnFunction, top_k: int) -> int:
     return sum(size for key, size in storages.items() if key not in inputs) // 8
 
 
-def test_the_lean_twin_keeps_no_hidden_states_of_slots():
+def test_no_hidden_states_of_slots_are_kept():
     feed_forward = 200 * 6
-    more = kept_numbers(expert_ffn, 3) - kept_numbers(expert_ffn, 1)
-    assert more >= 2 * feed_forward
     assert kept_numbers(lean_expert_ffn, 3) - kept_numbers(lean_expert_ffn, 1) < feed_forward
     rank_space = 200 * 4 * 4  # of a slot: gate, up, down and weighted down, of two experts
     more = kept_numbers(grouped_expert_ffn, 3) - kept_numbers(grouped_expert_ffn, 1)
     assert more < 2 * (rank_space + 200 * 3)
 
 
-@both
+@lean_ways
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
 def test_products_run_in_the_base_dtype(ffn, dtype, error, decomposed):

@@ -22,7 +22,7 @@ from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjus
 from loraloom.adapters.segment import FfnRows, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
-from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
+from loraloom.ops.expert_ffn import FfnWeights, mapped_ffn
 from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -111,7 +111,7 @@ class LowRankAdapter(Adapter):
         if weights.is_plain:
             rows = lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
         else:
-            rows = expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout, tokens)
+            rows = mapped_ffn(hidden_states, outputs, weights, block.gating, dropout, tokens)
         return FfnRows(*rows)
 
     def stack_key(self) -> Hashable:

@@ -56,9 +56,12 @@ def lean_expert_ffn(
     gating: Gating,
     dropout: FfnDropout,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute what `expert_ffn` computes; it and the function returned write to the base's outputs.
+    """Compute the rows that the base's down-projection has to see, and what to do with its output.
 
-    The outputs, as gate and up, are written to where one expert has all tokens.
+    Outputs are those of the base's input projections, bias included, as gate and up, [T, F]. They
+    are written to where one expert has all tokens. The rows are [T, F], or [K·T, F] where slots
+    stay apart; the function makes of the base's output for them the block's, [T, D], and may write
+    to that. Without routing all tokens have one expert.
     """
     slots = Slots.of(weights, routing, outputs[0])
     low_rank = None

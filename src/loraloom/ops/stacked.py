@@ -3,7 +3,7 @@
 Axes: N adapters, n token rows of each (padded to the longest), T token rows of the batch, K top_k,
 I in_features, D hidden, F feed-forward, O out_features, E experts, S = E·R, P columns of a product.
 
-The same numbers as `expert_ffn.py`. A decoding step is bound by the count of operations, so the
+The formulas of `expert_ffn.py`. A decoding step is bound by the count of operations, so the
 weights of like adapters are stacked and every product is one batched product. A batch entry holds
 the rows and weights of one adapter alone.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from loraloom.ops.expert_ffn import FfnWeights, combine_slots
+from loraloom.ops.expert_ffn import FfnWeights
 from loraloom.ops.gating import Gating
 from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
 from loraloom.routing.routes import Route
@@ -124,7 +124,11 @@ class _Slots:
 
     def combine(self, values: Tensor) -> Tensor:
         """Compute Σ_j g_j x_j of [N, n, K, ...]."""
-        return combine_slots(values.unbind(2), self.weights)
+        slots = values.unbind(2)
+        total = slots[0] * self.weights[0]
+        for slot, weight in zip(slots[1:], self.weights[1:], strict=True):
+            total = torch.addcmul(total, slot, weight)
+        return total
 
     @cached_property
     def expert_numbers(self) -> Tensor:
