@@ -155,7 +155,7 @@ TEXTS = {"dataset": "a.jsonl", "format": "text"}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": "contains"}, "needs field 'data'"),
+        ({"metric": "contains"}, "data is required, but missing"),
         ({"metric": "contains", "data": TEXTS}, "data must be a dataset of format instruction or"),
         ({"metric": "f1", "data": TEXTS}, "metric must be 'exact_match' or 'contains', got 'f1'"),
     ],
