@@ -28,7 +28,6 @@ from loraloom.training.builder import load_start
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     MOE_TYPES,
-    parameter_grads,
     relative_error,
     tiny_host,
     tiny_ids,
@@ -126,27 +125,6 @@ def test_mixed_rows_are_what_each_is_alone(family):
     for row, name in enumerate([*names, None]):
         alone = host(ids[row : row + 1], adapters=[name]).logits
         assert relative_error(mixed[row], alone[0]) < 1e-7, name
-
-
-def test_training_with_dropout_depends_on_no_neighbors():
-    host = placed_host("qwen3_moe", "dropout", "mixlora", "beside", "dora")
-    names = list(host.adapters)
-    ids = tiny_ids(4)
-
-    def losses(rows: list[int]) -> Tensor:
-        output = host(
-            ids[rows], adapters=[names[row] for row in rows], sample_keys=rows, training=True
-        )
-        return output.logits.square().mean((1, 2))
-
-    losses([2, 0, 3, 1]).sum().backward()
-    together = {name: parameter_grads(host.adapter(name)) for name in names}
-    for row, name in enumerate(names):
-        losses([row]).sum().backward()
-        alone = parameter_grads(host.adapter(name))
-        assert alone.keys() == together[name].keys()
-        for parameter, gradient in alone.items():
-            assert relative_error(together[name][parameter], gradient) < 1e-7, (name, parameter)
 
 
 @pytest.mark.parametrize(
@@ -284,31 +262,6 @@ def test_a_merged_adapter_is_the_base_model_with_other_experts(tmp_path):
     assert done.form == "merged"
     assert done.logit_error is not None
     assert done.logit_error < 1e-4
-
-
-def test_greedy_text_of_mixed_rows_is_that_of_each_alone():
-    names: list[str | None] = ["lora", "rslora", "dora", "mixlora", "mola-beside", None]
-    host = placed_host("qwen3_moe", *[name for name in names if name])
-    ids = tiny_ids(len(names))
-    greedy = {"max_new_tokens": 6, "do_sample": False}
-    for batch in (names, ["lora", "lora", None, "lora"]):  # similar adapters decode in stacks
-        together = host.generate(ids[: len(batch)], adapters=batch, **greedy)
-        for row, name in enumerate(batch):
-            alone = host.generate(ids[row : row + 1], adapters=[name], **greedy)
-            assert torch.equal(together[row], alone[0])
-
-
-def test_a_recomputed_layer_gives_the_same_gradients():
-    host = placed_host("qwen3_moe", "dropout", "mixlora")
-    gradients = []
-    for enabled in (False, True):
-        host.enable_gradient_checkpointing(enabled)
-        names = ["dropout", "mixlora", "dropout"]
-        output = host(IDS, adapters=names, sample_keys=[0, 1, 2], training=True)
-        output.logits.square().sum().backward()
-        gradients.append([parameter_grads(host.adapter(name)) for name in names[:2]])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
 @pytest.mark.parametrize(
