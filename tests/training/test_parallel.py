@@ -12,11 +12,10 @@ from torch.nn import Parameter, ParameterList
 import loraloom
 from benchmarks.kills import ADAPTERS, check_kills
 from benchmarks.parallel import difference, resume_elsewhere, settings
-from loraloom.adapters import LoraConfig
 from loraloom.distributed import ProcessRanks
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.step.fused import sum_gradient
-from tests.tiny import randomise, tiny_ids, tiny_model
+from tests.tiny import tiny_model
 from tests.training.running import pressing, read_metrics
 from tests.training.saved import save_inputs, write_run_file
 from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host
@@ -107,7 +106,6 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
         "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
         "backward": _fail_backward(rank, ranks),
         "detached": _attach_and_detach(directory),
-        "experts": _compare_experts(directory),
         "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
     }
 
@@ -117,19 +115,6 @@ def _attach_and_detach(directory: Path) -> list[str]:
     model, _ = loraloom.load_base_model(str(directory / "base"), sharded=True)
     before = set(vars(model))
     return sorted(set(vars(loraloom.attach(model).detach())) - before)
-
-
-def _compare_experts(directory: Path) -> list[bool]:
-    """Whether adapters on the experts of a sharded model compute what they do on a whole one."""
-    results = []
-    for sharded in (False, True):
-        model, _ = loraloom.load_base_model(str(directory / "mixture"), sharded=sharded)
-        host = loraloom.attach(model)
-        adapter = randomise(host.add("a", LoraConfig(rank=3, target_modules="experts")))
-        logits = host(tiny_ids(2), adapters=["a", None]).logits
-        logits.square().mean().backward()
-        results.append([logits, *(parameter.grad for parameter in adapter.parameters())])
-    return [actual.equal(whole) for whole, actual in zip(*results, strict=True)]
 
 
 def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
@@ -204,10 +189,6 @@ def test_a_backward_pass_that_fails_on_one_rank_leaves_no_gradients_on_any(told)
     assert left == (0, 0)
     assert "raised RuntimeError: on rank 1: ValueError: broken" in reasons[0]
     assert "raised ValueError: broken" in reasons[1]
-
-
-def test_adapters_on_the_experts_of_a_sharded_model_are_as_on_a_whole_one(told):
-    assert [all(own["experts"]) for own in told] == [True, True]
 
 
 @pytest.mark.parametrize("run", ["two", "sharded", "experts-two", "experts-sharded"])
