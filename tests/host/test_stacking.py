@@ -73,32 +73,6 @@ def test_adapters_of_some_projections_are_stacked_too(method, targets):
     torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("llama", {"target_modules": ("gate_proj",)}),
-        ("llama", {"target_modules": ("up_proj",)}),
-        ("llama", {"target_modules": ("down_proj",)}),
-        ("llama", {"target_modules": ("up_proj", "down_proj")}),
-        ("phi", {"target_modules": ("fc1",)}),
-        ("phi", {"target_modules": ("fc2",)}),
-        ("phi3", {"target_modules": ("gate_up_proj",)}),
-        ("phi3", {"target_modules": ("down_proj",)}),
-        *((family, {"top_k": k}) for family in ("llama", "phi", "phi3") for k in (1, 3)),
-    ],
-)
-def test_like_mixtures_of_any_shape_are_stacked(family, settings, method):
-    config = changed(METHODS[method], num_experts=4, **settings)
-    host, ids = tiny_host(family, {"a": config, "b": config}), tiny_ids(3, 2)
-    expected = host(ids, None, ["a", "b", "a"])
-    actual = stacked(host, ids, ["a", "b", "a"])
-    torch.testing.assert_close(actual.logits, expected.logits.detach(), rtol=1e-9, atol=1e-9)
-    for name in "ab":
-        for ours, theirs in zip(actual.routing[name], expected.routing[name], strict=True):
-            assert torch.equal(ours.selected_experts, theirs.selected_experts)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["lora", "mixdora", "hydralora"])
 def test_like_adapters_that_have_no_rows_change_nothing(method):
