@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -304,7 +305,8 @@ def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None)
     with FileLock(f"{copy}.lock"):
         if not copy.is_dir():
             options: dict[str, Any] = {"gguf_file": source.gguf_file}
-            with redirect_stderr(io.StringIO()):  # the bar of dequantizing has no switch
+            # The bar of dequantizing has no switch.
+            with redirect_stderr(io.StringIO()), _names_made_once():
                 if dtype is None:
                     made: Any = _read_tokenizer(source, **options)
                 else:
@@ -318,6 +320,19 @@ def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None)
                     )
             write_directory(copy, made.save_pretrained)
     return ModelSource("directory", str(copy))
+
+
+@contextmanager
+def _names_made_once() -> Iterator[None]:
+    """Keep gguf's table of tensors' names, which transformers makes anew for each module."""
+    import gguf
+
+    make_names = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(make_names)  # ty: ignore[invalid-assignment]
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = make_names
 
 
 def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
