@@ -14,7 +14,7 @@ from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.request import RequestError, Share
 from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
-from loraloom.generation.sampling import choose_tokens
+from loraloom.generation.sampling import JsonConstraint, choose_tokens
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.host.decoding import Decoding
 from tests.generation.asking import TEXTS, alone, answers, finish, request, submit
@@ -258,6 +258,21 @@ def test_rows_are_halved_when_there_is_no_room_to_choose_their_tokens(
     monkeypatch.setattr(engine_module, "choose_tokens", limited)
     assert answers(make_engine(max_rows=4), asked) == expected
     assert max(sizes) > 1
+
+
+def test_a_grammar_that_breaks_ends_its_own_request_alone(make_engine, tiny_tokenizer):
+    class Broken:
+        def compute_logit_bias(self):
+            raise ValueError("too complex")
+
+    engine = make_engine()
+    asked = [request(tiny_tokenizer, text, "lora") for text in TEXTS[:3]]
+    expected = answers(engine, asked)
+    asked[1] = replace(asked[1], constraint=JsonConstraint(Broken()))
+    first, broken, last = submit(engine, *asked)
+    finish(engine)
+    assert str(broken.error) == "too complex"
+    assert [first.text, last.text] == [expected[0], expected[2]]
 
 
 def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, tiny_tokenizer):

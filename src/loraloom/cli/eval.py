@@ -125,8 +125,7 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
         evaluation.write(path)
     if run.per_question is not None:
         write_lines(run.per_question, evaluation.lines())
-    tables = evaluation.tables()
-    print_tables(make_console(), tables)  # last: its reader may be gone
+    print_tables(make_console(), evaluation.tables())  # last: its reader may be gone
 
 
 def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
@@ -177,8 +176,7 @@ def _evaluate_harness(
     from loraloom.eval.harness.tasks import as_evaluation
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
-    names = _names(run.harness)
-    tasks = load_tasks(names, run.harness_include)
+    tasks = load_tasks(_names(run.harness), run.harness_include)
     host, tokenizer = load_host(run, stored)
     results = evaluate_adapters(
         host,

@@ -30,7 +30,7 @@ from loraloom.generation.request import (
     log_failure,
 )
 from loraloom.generation.runner import Runner
-from loraloom.generation.sampling import TokenLogProb, choose_tokens, end_tokens
+from loraloom.generation.sampling import TokenLogProb, TokenRule, choose_tokens, end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import too_large
 from loraloom.generation.tenants import has_place
@@ -338,28 +338,46 @@ class Engine:
         return num_tokens, error
 
     def _postprocess(self, failures: Sequence[Failed]) -> None:
-        chosen, faults = self._choose()
-        for row, error in (*failures, *faults):
-            if isinstance(error, torch.OutOfMemoryError):
-                error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
-            self._leave([row])
-            self._fail(row, error)
+        self._drop(failures)
+        rules = self._token_rules()
+        chosen, failures = self._choose(rules)
+        self._drop(failures)
         if self._runner.session is not None:
             columns = zip(self._runner.rows, self._runner.session.logits, chosen, strict=True)
             self._leave([column[0] for column in columns if self._ends_now(*column)])
         self._fit_prefixes()
 
-    def _choose(self) -> tuple[list[TokenLogProb], list[Failed]]:
+    def _drop(self, failures: Sequence[Failed]) -> None:
+        for row, error in failures:
+            if isinstance(error, torch.OutOfMemoryError):
+                error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
+            self._leave([row])
+            self._fail(row, error)
+
+    def _token_rules(self) -> list[TokenRule]:
+        """Say how each row's token is chosen; a row whose grammar breaks ends alone."""
+        session = self._runner.session
+        if session is None:
+            return []
+        rules = []
+        failures = []
+        for row in self._runner.rows:
+            try:
+                rules.append(row.token_rule(session.logits.shape[1]))
+            except Exception as error:
+                log_failure("a token's rule could not be made", error)
+                failures.append((row, error))
+        self._drop(failures)
+        return rules
+
+    def _choose(self, rules: Sequence[TokenRule]) -> tuple[list[TokenLogProb], list[Failed]]:
         """Choose a token for each row that is read, or send rows back if memory runs out."""
         if self._runner.session is None:
             return [], []
-        rows = self._runner.rows
-        logits = self._runner.session.logits  # (B, V)
-        asked = [row.request.num_logprobs for row in rows]
+        asked = [row.request.num_logprobs for row in self._runner.rows]
         num_top = max((number for number in asked if number is not None), default=None)
         try:
-            rules = [row.token_rule(logits.shape[1]) for row in rows]
-            return choose_tokens(logits, rules, num_top), []
+            return choose_tokens(self._runner.session.logits, rules, num_top), []
         except Exception as error:
             log_failure("tokens could not be chosen", error)
             return [], self._recover(error.with_traceback(None))

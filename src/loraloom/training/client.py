@@ -215,7 +215,7 @@ class TrainingClient:
                 f"adapter {self.name}: optim_step() found no gradients; call forward_backward()"
             )
         grad_norm = float(self.learner.clip_gradient(max_grad_norm))
-        is_skipped = self.learner.scales_losses and self.learner.loss_scale.update(grad_norm)
+        is_skipped = self.learner.overflows(grad_norm)
         if not (is_skipped or math.isfinite(grad_norm)):
             self.zero_grad()
             raise TrainingError(

@@ -147,7 +147,7 @@ class Job:
 
     def _make_step(self, loss: MicroBatchLoss) -> dict[str, Any]:
         learning_rate = self.learner.learning_rate
-        if self.learner.scales_losses and self.learner.loss_scale.update(loss.grad_norm):
+        if self.learner.overflows(loss.grad_norm):
             self._check_skipped_steps()
         else:
             self._check_finite("gradient norm", loss.grad_norm, self.position.step + 1)

@@ -78,6 +78,10 @@ class Learner:
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
         return clip_grad_norm_(weights, max_norm)
 
+    def overflows(self, grad_norm: float) -> bool:
+        """Return whether a step overflows float16 and is to be skipped; the scale follows."""
+        return self.scales_losses and self.loss_scale.update(grad_norm)
+
     def apply(self) -> None:
         """Let the optimizer make a step; each tensor has the learning rate of `lr_ratios`."""
         with optimizers.rates_of_their_own(self.config, self.adapter):
