@@ -98,10 +98,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+gc.disable()  # while libraries and tests are imported
+
+
 def pytest_collection_finish() -> None:
-    """Spare the collector the million objects of the imported libraries: it runs often here."""
-    gc.collect()
+    """Let the collector run seldom, and not over the million objects of the imported libraries."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture
