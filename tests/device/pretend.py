@@ -24,7 +24,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
@@ -164,7 +163,16 @@ class PretendTensor(torch.Tensor):
 
 def on_cpu(tree: Any) -> Any:
     """Take numbers out without a note, for comparisons."""
-    return pytree.tree_map(_unwrapped, tree)
+    return _map(_unwrapped, tree)
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to what an operation takes or returns, several times as fast as pytree."""
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_map(function, item) for item in tree])
+    if isinstance(tree, dict):
+        return {name: _map(function, item) for name, item in tree.items()}
+    return function(tree)
 
 
 def _unwrapped(leaf: Any) -> Any:
@@ -178,7 +186,8 @@ def _is_ours(device: Any) -> bool:
 def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Check an operation, note whether it waits, and compute it on the CPU."""
     name = function._schema.name
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves: list[Any] = []
+    _map(leaves.append, (args, kwargs))
     ours = [leaf for leaf in leaves if isinstance(leaf, PretendTensor)]
     device = kwargs.get("device")
     makes_ours = bool(ours) if device is None else _is_ours(device)
@@ -186,11 +195,10 @@ def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return function(*args, **kwargs)
     if ours and name not in COPYING:
         _check_devices(name, args, leaves)
-    _note_waits(name, args, kwargs, makes_ours)
+    _note_waits(name, args, kwargs, bool(ours), makes_ours)
     if name == "aten::_fused_sdp_choice":
         return 0  # the formula, which all devices have
-    inner_args, inner_kwargs = pytree.tree_unflatten([_plain(leaf) for leaf in leaves], spec)
-    result = function(*inner_args, **inner_kwargs)
+    result = function(*_map(_plain, args), **_map(_plain, kwargs))
     if name == "aten::copy_" and not isinstance(args[0], PretendTensor):
         return args[0]  # a CPU tensor took a device's numbers
     return _wrap(result, ours, makes_ours)
@@ -211,7 +219,7 @@ def _wrap(result: Any, ours: Sequence[PretendTensor], makes_ours: bool) -> Any:
             return by_inner[id(leaf)]
         return PretendTensor(leaf) if makes_ours else leaf
 
-    return pytree.tree_map(wrapped, result)
+    return _map(wrapped, result)
 
 
 def _check_devices(name: str, args: Sequence[Any], leaves: Sequence[Any]) -> None:
@@ -230,8 +238,9 @@ def _check_devices(name: str, args: Sequence[Any], leaves: Sequence[Any]) -> Non
         )
 
 
-def _note_waits(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], to_ours: bool) -> None:
-    from_ours = any(isinstance(leaf, PretendTensor) for leaf in pytree.tree_leaves(args))
+def _note_waits(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], from_ours: bool, to_ours: bool
+) -> None:
     if name in WAITING and from_ours:
         _log().note("read" if name in READS else "sync", name)
     elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:

@@ -110,7 +110,7 @@ def _mend_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 def _import(file: str) -> None:
     """Import a verb's file without garbage collections, which take a third of the time.
 
-    Later ones pass over what was imported: some 100 ms that a step of training or serving would wait.
+    Later ones pass over what was imported: 100 ms that a step would wait for each.
     """
     if f"loraloom.cli.{file}" in sys.modules:
         return
