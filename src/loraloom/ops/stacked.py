@@ -38,18 +38,22 @@ class StackedWeights(ABC):
 
     def take(self, entries: slice) -> Any:
         """Return a view of the stack: adapters that lie behind one another."""
-        taken = {name: _take(getattr(self, name), entries) for name in self.stacked_fields}
-        return replace(self, **taken)
+        return self.map_fields(lambda values: values[entries])
+
+    def map_fields(self, change: Callable[[Any], Any]) -> Any:
+        """Change what each field has, and what lies within it."""
+        changed = {name: _changed(getattr(self, name), change) for name in self.stacked_fields}
+        return replace(self, **changed)
 
 
-def _take(values: Any, entries: slice) -> Any:
+def _changed(values: Any, change: Callable[[Any], Any]) -> Any:
     if values is None:
         return None
     if isinstance(values, Mapping):
-        return {key: _take(value, entries) for key, value in values.items()}
+        return {key: _changed(value, change) for key, value in values.items()}
     if isinstance(values, StackedWeights):
-        return values.take(entries)
-    return values[entries]
+        return values.map_fields(change)
+    return change(values)
 
 
 @dataclass(frozen=True)
