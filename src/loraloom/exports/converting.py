@@ -69,9 +69,8 @@ def convert(
         config, tensors = with_all_experts(config, tensors, base)
     if to == "vllm" or to == "sglang":
         files = engine_files(config, tensors, base, to)
-        write_new(path, files, model_card(config, base, prompt=prompt))
-        return config
-    files = render(config, tensors, base, prompt)
+    else:
+        files = render(config, tensors, base, prompt)
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         _check_reference_holds(config)
