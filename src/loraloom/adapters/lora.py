@@ -77,6 +77,7 @@ class LoraConfig(DecomposedConfig):
         return self.model_copy(update=values | {"rank_pattern": {}, "alpha_pattern": {}})
 
     def scaling_of(self, key: TensorKey) -> float:
+        """The factor of an update, whose B and A are at a place."""
         return self.at(key.place).scaling
 
     def fitted(self, base_layers: Sequence[BaseLayer]) -> LoraConfig:
