@@ -246,17 +246,13 @@ class _AdapterRows:
             frozen = frozen - bias[self.experts]
         return torch.addcmul(update, excess, frozen + update)
 
-    def drop_inputs(self, inputs: Tensor, update: ExpertUpdate) -> Tensor:
-        """Apply dropout to the block's input, [Q, D]."""
-        if update.keep_input is None:
-            return inputs
-        return inputs * update.keep_input[self.local] * (1 / (1 - update.dropout))
-
-    def drop_states(self, states: Tensor, update: ExpertUpdate) -> Tensor:
-        """Apply dropout to hidden states, [Q, F]."""
-        if update.keep_slots is None:
-            return states
-        return states * update.keep_slots[self.slots, self.local] * (1 / (1 - update.dropout))
+    def drop(self, values: Tensor, update: ExpertUpdate, is_up: bool) -> Tensor:
+        """Apply dropout to the block's input, [Q, D], or to hidden states, [Q, F]."""
+        if update.keep_input is None or update.keep_slots is None:
+            return values
+        place = (self.local,) if is_up else (self.slots, self.local)
+        masks = update.keep_input if is_up else update.keep_slots
+        return values * masks[place] * (1 / (1 - update.dropout))
 
 
 def _gather(values: Tensor, indices: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -301,9 +297,9 @@ def _reduce(
     reduced = []
     for number, inputs in enumerate(_gather(values, sources)):
         adapter, update, side = adapted[number]
-        drop = adapter.drop_inputs if is_up else adapter.drop_states
         low_rank = known[number] if known else None
-        low_rank = adapter.product(drop(inputs, update), side.A.transpose(1, 2), low_rank)
+        dropped = adapter.drop(inputs, update, is_up)
+        low_rank = adapter.product(dropped, side.A.transpose(1, 2), low_rank)
         reduced.append(_Reduced(adapter, side, low_rank))
     return reduced
 
