@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import refuse_own_parts
-from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.lora import LoraConfig, with_all_experts
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseInfo, BaseProjection
 from loraloom.errors import AdapterError
@@ -58,10 +58,11 @@ def engine_files(
     title = _TITLES[engine]
     lora = _check_method(config, title)
     refuse_own_parts(config, "the adapter", f"be loaded by {title}")
-    adapted = lora.adapted(base.layers_without_weights())
+    layers = base.layers_without_weights()
+    adapted = lora.adapted(layers)
     has_stacks = any(projection.num_experts is not None for projection in adapted)
     _check_projections(adapted, title)
-    lora, tensors = with_all_experts(lora, tensors, base)
+    lora, tensors = with_all_experts(lora, tensors, layers)
     plain, tensors = _folded(lora, tensors, [projection.key for projection in adapted])
     single = {}
     if has_stacks and not (engine == "vllm" and base.model_type in _VLLM_STACKS):
@@ -110,29 +111,6 @@ def _check_projections(adapted: list[BaseProjection], title: str) -> None:
                 f"{', '.join(sorted(names))} at {block}; train with target_modules [experts], or "
                 "serve the adapter with `loraloom serve`"
             )
-
-
-def with_all_experts(
-    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
-) -> tuple[Any, dict[str, Tensor]]:
-    """Give each expert factors: those that all share, or zeros where it has no LoRA."""
-    is_plain = not isinstance(config, LoraConfig)
-    if is_plain or (not config.shared_outer and config.base_experts is None):
-        return config, dict(tensors)
-    layers = base.layers_without_weights()
-    blocks = {f"layers.{b.layer}.{b.path}": b for layer in layers for b in layer.blocks}
-    expanded = {}
-    for name, tensor in tensors.items():
-        key = TensorKey.parse(name)
-        assert key is not None
-        block = blocks[key.place.rpartition(".")[0]]
-        if block.num_experts is not None:
-            of_all = tensor.new_zeros(block.num_experts, *tensor.shape[1:])
-            experts = config.experts_in(block)
-            of_all[slice(None) if experts is None else list(experts)] = tensor
-            tensor = of_all
-        expanded[name] = tensor
-    return config.model_copy(update={"shared_outer": False, "base_experts": None}), expanded
 
 
 def _folded(
