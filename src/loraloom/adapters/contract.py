@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from loraloom.adapters.projection import OwnModule as OwnModule
 from loraloom.adapters.projection import Projection as Projection
-from loraloom.adapters.segment import FfnRows, MoeFfn, Records, Samples, SegmentTokens
+from loraloom.adapters.segment import MoeFfn, Records, Samples, SegmentTokens
 from loraloom.adapters.tensor_names import Shape, Weights, is_meant
 from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, shown
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnDropout, FfnRows, FfnWeights, Routing
 from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn

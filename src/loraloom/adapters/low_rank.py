@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjustable, Projection
-from loraloom.adapters.segment import FfnRows, SegmentTokens
+from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
-from loraloom.ops.expert_ffn import FfnWeights, mapped_ffn
+from loraloom.ops.expert_ffn import FfnRows, FfnWeights, mapped_ffn
 from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -93,10 +93,8 @@ class LowRankAdapter(Adapter):
         dropout = self.ffn_dropout(block, 1, dtype, tokens)
         hidden_states = hidden_states.to(dtype)
         if weights.is_plain:
-            rows = lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
-        else:
-            rows = mapped_ffn(hidden_states, outputs, weights, block.gating, dropout, tokens)
-        return FfnRows(*rows)
+            return lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
+        return mapped_ffn(hidden_states, outputs, weights, block.gating, dropout, tokens)
 
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(LowRankAdapter, "ffn", "group_low_rank")

@@ -29,12 +29,12 @@ from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
 from loraloom.adapters.low_rank import DecomposedConfig, ffn_weights, projection_layers
 from loraloom.adapters.projection import Projection
-from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
+from loraloom.adapters.segment import MoeFfn, SegmentTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnRows, FfnWeights, Routing
 from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -172,15 +172,15 @@ class MixLoraAdapter(Adapter):
             no_rows = outputs[0].new_empty(0, block.output.in_features)
             return FfnRows(no_rows, lambda output: hidden_states.to(output.dtype))
         dropout = self.ffn_dropout(block, routing.top_k, dtype, tokens)
-        hidden, finish = lean_expert_ffn(
+        rows = lean_expert_ffn(
             hidden_states.to(dtype), outputs, weights, routing, block.gating, dropout
         )
         bias = self._unweighted_bias(block, weights)
         if bias is None:
-            return FfnRows(hidden, finish)
+            return rows
         # Each slot has the bias, so that their sum has it times the sum of the weights.
         excess = routing.routing_weights.sum(1, keepdim=True).to(bias.dtype) - 1
-        return FfnRows(hidden, lambda output: finish(output + excess * bias))
+        return FfnRows(rows.hidden, lambda output: rows.finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(MixLoraAdapter, "choose", "ffn", "group_low_rank")
