@@ -48,10 +48,6 @@ class ExpertWeights(StackedWeights):
 
     stacked_fields = ("up", "down", "places")
 
-    @property
-    def sides(self) -> list[ExpertSide]:
-        return [side for side in (self.up, self.down) if side is not None]
-
     def scaled(self, scale: float) -> ExpertWeights:
         if scale == 1:
             return self
