@@ -153,20 +153,14 @@ def _single_experts(
             continue
         prefix = f"base_model.model.{base.layers_path}.{key.layer}.{path or key.block}"
         for expert, matrix in enumerate(tensor):
-            halves = {down: matrix}
-            if key.projection == "gate_up_proj":
-                is_interleaved = base.model_type in INTERLEAVED
-                halves = _halves(matrix, key.part, is_interleaved=is_interleaved, names=(gate, up))
-            for projection, values in halves.items():
+            if key.projection != "gate_up_proj":
+                matrices = {down: matrix}
+            elif key.part == "lora_A":  # both read all of it
+                matrices = {gate: matrix, up: matrix}
+            elif base.model_type in INTERLEAVED:
+                matrices = {gate: matrix[0::2], up: matrix[1::2]}
+            else:
+                matrices = dict(zip((gate, up), matrix.chunk(2), strict=True))
+            for projection, values in matrices.items():
                 single[f"{prefix}.{expert}.{projection}.{key.part}.weight"] = values.contiguous()
     return single
-
-
-def _halves(
-    matrix: Tensor, side: str, *, is_interleaved: bool, names: tuple[str, str]
-) -> dict[str, Tensor]:
-    """Split gate and up: rows of B; both read all of A."""
-    if side == "lora_A":
-        return dict.fromkeys(names, matrix)
-    halves = (matrix[0::2], matrix[1::2]) if is_interleaved else matrix.chunk(2)
-    return dict(zip(names, halves, strict=True))
