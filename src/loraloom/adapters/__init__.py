@@ -20,6 +20,7 @@ from loraloom.adapters.registration import parse_adapter_config as parse_adapter
 from loraloom.adapters.routed.method import RoutedConfig
 from loraloom.adapters.smora import SmoraConfig
 from loraloom.adapters.vera import VeraConfig
+from loraloom.base.blocks import BLOCK_KINDS
 
 # To add a method, import its configuration above and name it here; see also `register_method`.
 CONFIGS[:] = [
@@ -37,10 +38,7 @@ CONFIGS[:] = [
 
 # What a base model of an unknown type is tried with; experts do nothing until they are trained.
 TRIALS: Mapping[str, AdapterConfig] = {
-    "attention": LoraConfig(rank=4, alpha=8, target_modules="attention"),
-    "ffn": LoraConfig(rank=4, alpha=8, target_modules="ffn"),
-    "experts": LoraConfig(rank=4, alpha=8, target_modules="experts"),
-    "moe": LoraConfig(rank=4, alpha=8, target_modules="moe"),
+    **{kind: LoraConfig(rank=4, alpha=8, target_modules=kind) for kind in BLOCK_KINDS},
     "mixture": MixLoraConfig(rank=2, num_experts=2, top_k=1),
 }
 

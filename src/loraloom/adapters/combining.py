@@ -11,8 +11,7 @@ from torch import Tensor
 
 from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
 from loraloom.adapters.extra_modules import refuse_own_parts
-from loraloom.adapters.lora import LoraConfig
-from loraloom.adapters.lora_projection import StackedLoraProjection
+from loraloom.adapters.lora import ALL_EXPERTS, LoraConfig, with_all_experts
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection
 from loraloom.config.fields import checked
@@ -69,10 +68,6 @@ def check_merges(adapter: Adapter) -> None:
         )
 
 
-# What LoRAs on a base model's experts have where each expert has its own factors.
-_EVERY_EXPERT: dict[str, Any] = {"shared_outer": False, "base_experts": None}
-
-
 @torch.no_grad()
 def combine(
     adapters: Sequence[Adapter], weights: Sequence[float]
@@ -88,8 +83,8 @@ def combine(
     matrices = defaultdict[str, list[Tensor]](list)
     for adapter, config, weight in zip(adapters, configs, weights, strict=True):
         tensors = adapter.tensors()
-        if on_experts == _EVERY_EXPERT:
-            tensors |= _tensors_of_every_expert(adapter)
+        if on_experts == ALL_EXPERTS:
+            _, tensors = with_all_experts(config, tensors, adapter.base_layers)
         for name, tensor in tensors.items():
             key = TensorKey.parse(name)
             assert key is not None  # as all of a LoRA's are
@@ -119,18 +114,9 @@ def _settings_on_experts(adapters: Sequence[Adapter]) -> dict[str, Any]:
     settings = []
     for adapter in adapters:
         if adapter.adapts_stacks:
-            settings.append({name: getattr(adapter.config, name) for name in _EVERY_EXPERT})
+            settings.append({name: getattr(adapter.config, name) for name in ALL_EXPERTS})
     is_same = all(each == settings[0] for each in settings)
-    return settings[0] if settings and is_same else _EVERY_EXPERT
-
-
-def _tensors_of_every_expert(adapter: Adapter) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for projection in adapter.projections():
-        if isinstance(projection, StackedLoraProjection):
-            for name, tensor in projection.tensors():
-                tensors[name] = projection.of_each_expert(tensor)
-    return tensors
+    return settings[0] if settings and is_same else ALL_EXPERTS
 
 
 def _combined_config(

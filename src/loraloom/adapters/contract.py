@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from loraloom.adapters.projection import OwnModule as OwnModule
 from loraloom.adapters.projection import Projection as Projection
-from loraloom.adapters.segment import FfnRows, MoeFfn, Records, Samples, SegmentTokens
-from loraloom.adapters.tensor_names import Shape, TensorKey, Weights, is_meant
+from loraloom.adapters.segment import MoeFfn, Records, Samples, SegmentTokens
+from loraloom.adapters.tensor_names import Shape, Weights, is_meant
 from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, shown
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnDropout, FfnRows, FfnWeights, Routing
 from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
@@ -228,10 +228,6 @@ class AdapterConfig(StrictModel, ABC):
     @property
     def scaling(self) -> float:
         return 1.0
-
-    def scaling_of(self, key: TensorKey) -> float:
-        """The factor of an update, whose B and A are at a place."""
-        return self.scaling
 
     def summary(self) -> dict[str, Any]:
         """The settings that decide what the weights compute, which `start_from` compares."""

@@ -174,13 +174,16 @@ def router_on(base: BaseProjection, num_experts: int, dtype: torch.dtype, seed: 
 
 
 class RoutedProjection(LoraProjection):
-    """The LoRA experts of a projection, and the router whose `route` chooses among them."""
+    """The LoRA experts of a projection, and the router whose `route` chooses among them.
+
+    Without a number of them, the ranks of one LoRA are its experts.
+    """
 
     def __init__(
         self,
         base: BaseProjection,
         config: LowRankConfig,
-        num_experts: int,
+        num_experts: int | None,
         route: Route,
         dtype: torch.dtype,
         seed: int,
@@ -189,7 +192,7 @@ class RoutedProjection(LoraProjection):
         super().__init__(base, config, num_experts, dtype, seed)
         self.route = route
         self.capacity = capacity
-        self.router = router_on(base, num_experts, dtype, seed)
+        self.router = router_on(base, num_experts or config.rank, dtype, seed)
 
     def choose(self, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Choice:
         """Choose experts by the logits, [T, E]; a method of yours may look at x, [T, I], too."""
@@ -205,5 +208,8 @@ class RoutedProjection(LoraProjection):
         if beyond is not None:
             chosen = chosen.masked_fill(beyond, 0)
         weights = torch.zeros_like(logits).scatter(1, selected, chosen)  # (T, E)
-        columns = weights.to(low_rank.dtype).repeat_interleave(self.config.rank, dim=1)
+        columns = weights.to(low_rank.dtype)
+        columns_per_expert = low_rank.shape[1] // weights.shape[1]
+        if columns_per_expert > 1:
+            columns = columns.repeat_interleave(columns_per_expert, dim=1)
         return low_rank * columns  # (T, S)

@@ -12,7 +12,7 @@ Axes: N tokens with rows of their own, D hidden.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.tensor_names import Shape, is_meant
@@ -29,17 +29,13 @@ OWN_FIELDS = ("modules_to_save", "trainable_token_indices")
 class OwnParts:
     """What an adapter has as its own, by the modules' paths in the base model."""
 
-    modules: tuple[str, ...] = ()  # trained whole
-    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)  # a head to the embedding with its rows
-
-
-def has_own_parts(config: AdapterConfig) -> bool:
-    return bool(config.modules_to_save or config.trainable_token_indices)
+    modules: tuple[str, ...]  # trained whole
+    tokens: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]  # a head to the embedding with its rows
 
 
 def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
-    if has_own_parts(config):
+    if config.modules_to_save or config.trainable_token_indices:
         raise AdapterError(
             f"{adapter} must be without modules_to_save and trainable_token_indices to {purpose}"
         )
@@ -58,8 +54,6 @@ def tensor_shapes(config: AdapterConfig, base: BaseInfo) -> dict[str, Shape]:
 
 def own_parts(config: AdapterConfig, base: BaseInfo) -> OwnParts:
     """Find what a configuration means in a base model."""
-    if not has_own_parts(config):
-        return OwnParts()
     modules = _modules(config, base)
     tokens = _tokens(config, base)
     tied: dict[str, str] = {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adjustable, Projection
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Adjustable, Projection
 from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
 from loraloom.adapters.low_rank import DecomposedConfig
 from loraloom.adapters.tensor_names import Pattern, TensorKey, matches
@@ -20,6 +21,9 @@ _Index = Annotated[int, Field(ge=0)]
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Alpha = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
 _Value = TypeVar("_Value")
+
+# Settings on a base model's experts where each of them has factors of its own.
+ALL_EXPERTS: dict[str, Any] = {"shared_outer": False, "base_experts": None}
 
 
 class LoraConfig(DecomposedConfig):
@@ -77,6 +81,7 @@ class LoraConfig(DecomposedConfig):
         return self.model_copy(update=values | {"rank_pattern": {}, "alpha_pattern": {}})
 
     def scaling_of(self, key: TensorKey) -> float:
+        """The factor of an update, whose B and A are at a place."""
         return self.at(key.place).scaling
 
     def fitted(self, base_layers: Sequence[BaseLayer]) -> LoraConfig:
@@ -166,6 +171,25 @@ class LoraConfig(DecomposedConfig):
         if self.shared_outer:
             stacked.share("lora_B" if base is block.output else "lora_A")
         return stacked
+
+
+def with_all_experts(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], base_layers: Sequence[BaseLayer]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Give each expert factors: those that all share, or zeros where it has no LoRA."""
+    if not isinstance(config, LoraConfig):
+        return config, dict(tensors)
+    blocks = {f"layers.{b.layer}.{b.path}": b for layer in base_layers for b in layer.blocks}
+    expanded = dict(tensors)
+    for name, tensor in tensors.items():
+        key = TensorKey.parse(name)
+        block = None if key is None else blocks[key.place.rpartition(".")[0]]
+        if block is not None and block.num_experts is not None:
+            of_all = tensor.new_zeros(block.num_experts, *tensor.shape[1:])
+            experts = config.experts_in(block)
+            of_all[slice(None) if experts is None else list(experts)] = tensor
+            expanded[name] = of_all
+    return config.model_copy(update=ALL_EXPERTS), expanded
 
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:

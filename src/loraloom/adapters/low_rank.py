@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjustable, Projection
-from loraloom.adapters.segment import FfnRows, SegmentTokens
-from loraloom.adapters.tensor_names import Weights
+from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
-from loraloom.ops.expert_ffn import FfnWeights, mapped_ffn
+from loraloom.ops.expert_ffn import FfnRows, FfnWeights, mapped_ffn
 from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -48,9 +47,10 @@ class LowRankConfig(AdapterConfig):
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        return LowRankAdapter(
-            name, self, base_layers, lambda base, block: self.projection(base, block, dtype, seed)
+        layers = projection_layers(
+            self, base_layers, lambda base, block: self.projection(base, block, dtype, seed)
         )
+        return LowRankAdapter(name, self, base_layers, layers)
 
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
@@ -74,24 +74,8 @@ class DecomposedConfig(LowRankConfig):
         return self.weight_decomposition
 
 
-# From a projection of the base model and its block to the weights on it.
-Build = Callable[[BaseProjection, Block], Projection]
-
-
 class LowRankAdapter(Adapter):
     """An adapter whose method works on each projection by itself."""
-
-    def __init__(
-        self,
-        name: str,
-        config: AdapterConfig,
-        base_layers: Sequence[BaseLayer],
-        build: Build,
-        shared: Weights | None = None,  # what all projections use, and the adapter owns
-    ):
-        layers = [projection_blocks(config, layer, build) for layer in base_layers]
-        super().__init__(name, config, base_layers, layers)
-        self.add_module("shared", shared)
 
     def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights | ExpertWeights:
         return ffn_weights(self.weights_on(block), block, dtype)
@@ -109,10 +93,8 @@ class LowRankAdapter(Adapter):
         dropout = self.ffn_dropout(block, 1, dtype, tokens)
         hidden_states = hidden_states.to(dtype)
         if weights.is_plain:
-            rows = lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
-        else:
-            rows = mapped_ffn(hidden_states, outputs, weights, block.gating, dropout, tokens)
-        return FfnRows(*rows)
+            return lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
+        return mapped_ffn(hidden_states, outputs, weights, block.gating, dropout, tokens)
 
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(LowRankAdapter, "ffn", "group_low_rank")
@@ -125,19 +107,26 @@ class LowRankAdapter(Adapter):
         return stack_ffn_weights(weights)
 
 
-def projection_blocks(config: AdapterConfig, layer: BaseLayer, build: Build) -> nn.ModuleDict:
-    """Make the weights on a layer's targeted projections, by the names of block and projection."""
-    blocks = nn.ModuleDict()
-    for block in layer.blocks:
-        targets = config.targets_in(block)
-        blocks[block.module_name] = nn.ModuleDict(
-            {
-                name: build(base, block)
-                for name, base in block.projections.items()
-                if name in targets
-            }
-        )
-    return blocks
+def projection_layers(
+    config: AdapterConfig,
+    base_layers: Sequence[BaseLayer],
+    build: Callable[[BaseProjection, Block], Projection],
+) -> list[nn.ModuleDict]:
+    """Build the weights on targeted projections, by layer and the names of block and projection."""
+    layers = list[nn.ModuleDict]()
+    for layer in base_layers:
+        blocks = nn.ModuleDict()
+        for block in layer.blocks:
+            targets = config.targets_in(block)
+            blocks[block.module_name] = nn.ModuleDict(
+                {
+                    name: build(base, block)
+                    for name, base in block.projections.items()
+                    if name in targets
+                }
+            )
+        layers.append(blocks)
+    return layers
 
 
 def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,14 +27,14 @@ from loraloom.adapters.experts import (
 )
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
-from loraloom.adapters.low_rank import DecomposedConfig, ffn_weights, projection_blocks
+from loraloom.adapters.low_rank import DecomposedConfig, ffn_weights, projection_layers
 from loraloom.adapters.projection import Projection
-from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
+from loraloom.adapters.segment import MoeFfn, SegmentTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnRows, FfnWeights, Routing
 from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -145,7 +146,7 @@ class MixLoraAdapter(Adapter):
         dtype: torch.dtype,
         seed: int,
     ):
-        layers = [_build_layer(config, layer, dtype, seed) for layer in base_layers]
+        layers = _build_layers(config, base_layers, dtype, seed)
         super().__init__(name, config, base_layers, layers)
         self._routed = config.route
         self._returns_input = config.compat is not None and config.routing == "switch"
@@ -171,15 +172,15 @@ class MixLoraAdapter(Adapter):
             no_rows = outputs[0].new_empty(0, block.output.in_features)
             return FfnRows(no_rows, lambda output: hidden_states.to(output.dtype))
         dropout = self.ffn_dropout(block, routing.top_k, dtype, tokens)
-        hidden, finish = lean_expert_ffn(
+        rows = lean_expert_ffn(
             hidden_states.to(dtype), outputs, weights, routing, block.gating, dropout
         )
         bias = self._unweighted_bias(block, weights)
         if bias is None:
-            return FfnRows(hidden, finish)
+            return rows
         # Each slot has the bias, so that their sum has it times the sum of the weights.
         excess = routing.routing_weights.sum(1, keepdim=True).to(bias.dtype) - 1
-        return FfnRows(hidden, lambda output: finish(output + excess * bias))
+        return FfnRows(rows.hidden, lambda output: rows.finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(MixLoraAdapter, "choose", "ffn", "group_low_rank")
@@ -256,9 +257,9 @@ class MixLoraAdapter(Adapter):
         return block.output.compute_bias(weights.sides[0].B.dtype)
 
 
-def _build_layer(
-    config: MixLoraConfig, layer: BaseLayer, dtype: torch.dtype, seed: int
-) -> nn.ModuleDict:
+def _build_layers(
+    config: MixLoraConfig, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+) -> list[nn.ModuleDict]:
     expert = config.expert_config
 
     def build(base: BaseProjection, block: Block) -> Projection:
@@ -270,18 +271,18 @@ def _build_layer(
             return StackedLoraProjection(base, expert, config.num_experts, dtype, seed)
         return LoraProjection(base, expert, config.num_experts, dtype, seed)
 
-    weights = projection_blocks(config, layer, build)
-    for block in layer.blocks:
+    layers = projection_layers(config, base_layers, build)
+    for block in chain.from_iterable(layer.blocks for layer in base_layers):
         if block.gating is not None and config.targets_in(block):
-            weights[_router_of(block)] = Router(
-                f"layers.{layer.index}.{block.path}.router",
+            layers[block.layer][_router_of(block)] = Router(
+                f"layers.{block.layer}.{block.path}.router",
                 (config.num_experts, block.hidden_size),
                 seed,
                 dtype=dtype,
                 device=block.device,
                 std=config.router_init_std,
             )
-    return weights
+    return layers
 
 
 def _router_of(block: Block) -> str:

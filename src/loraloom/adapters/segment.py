@@ -1,6 +1,6 @@
 """What a method is given of a running forward, and what it gives back.
 
-Axes: T tokens of one segment, D hidden, F feed-forward, E experts, K slots of a token, n rows.
+Axes: T tokens of one segment, D hidden, E experts, K slots of a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,14 +73,6 @@ class SampleTokens:
 Records = Sequence[LayerRouting]
 # Whose tokens records hold, in their order; None where nobody knows.
 Samples = Sequence[SampleTokens] | None
-
-
-@dataclass(frozen=True)
-class FfnRows:
-    """An adapter's half-done FFN block, waiting for the base's output projection."""
-
-    hidden: Tensor  # rows to send through it, [n, F]
-    finish: Callable[[Tensor], Tensor]  # from its output for these, [n, D], to the block's, [T, D]
 
 
 @dataclass(frozen=True)

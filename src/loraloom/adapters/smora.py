@@ -1,22 +1,16 @@
-"""SMoRA: a LoRA whose ranks are experts; a router chooses among them for each token.
-
-Axes: T tokens, I in_features, R rank, K top_k.
-"""
+"""SMoRA: a LoRA whose ranks are experts; a router chooses among them for each token."""
 
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from loraloom.adapters.contract import Projection
-from loraloom.adapters.experts import RouterLossConfig, router_on, too_large
-from loraloom.adapters.lora_projection import LoraProjection
+from loraloom.adapters.experts import RoutedProjection, RouterLossConfig, too_large
 from loraloom.adapters.low_rank import LowRankConfig
-from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseProjection, Block
-from loraloom.routing.routes import TopK, router_logits
+from loraloom.routing.routes import TopK
 
 
 class SmoraConfig(RouterLossConfig, LowRankConfig):
@@ -54,21 +48,4 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        return SmoraProjection(base, self, dtype, seed)
-
-
-class SmoraProjection(LoraProjection):
-    """A LoRA, and the router that chooses among its ranks."""
-
-    def __init__(self, base: BaseProjection, config: SmoraConfig, dtype: torch.dtype, seed: int):
-        super().__init__(base, config, None, dtype, seed)
-        self.top_k = config.top_k
-        self.router = router_on(base, config.rank, dtype, seed)
-
-    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Weigh the token's ranks, and zero all others."""
-        logits = router_logits(hidden_states, self.router.weight)  # (T, R)
-        selected, chosen = TopK(self.top_k)(logits)  # (T, K)
-        tokens.record_routing(logits, selected, chosen, self.path)
-        weights = torch.zeros_like(logits).scatter(1, selected, chosen)
-        return low_rank * weights.to(low_rank.dtype)
+        return RoutedProjection(base, self, None, TopK(self.top_k), dtype, seed)

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Adjustable
-from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.low_rank import LowRankAdapter, projection_layers
 from loraloom.adapters.projection import Projection
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
@@ -51,7 +51,10 @@ class VeraConfig(AdapterConfig):
         def build(base: BaseProjection, block: Block) -> Projection:
             return VeraProjection(base, self, shared, dtype)
 
-        return LowRankAdapter(name, self, base_layers, build, shared)
+        layers = projection_layers(self, base_layers, build)
+        adapter = LowRankAdapter(name, self, base_layers, layers)
+        adapter.add_module("shared", shared)
+        return adapter
 
 
 class SharedProjections(Weights):

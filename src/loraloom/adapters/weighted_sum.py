@@ -73,8 +73,7 @@ class WeightedSum(LowRankAdapter):
         first = members[0]
         config = first.config.model_copy(update={"dropout": 0.0})
         layers = sum_blocks(first.base_layers, members, weights, SumProjection)
-        Adapter.__init__(self, name, config, first.base_layers, layers)
-        self.add_module("shared", None)
+        super().__init__(name, config, first.base_layers, layers)
         self.added = nn.ModuleList(members)
         self.members = dict(zip(name.split("+"), members, strict=True))
         self.is_trained = False

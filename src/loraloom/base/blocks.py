@@ -47,6 +47,8 @@ class BaseProjection:
     has_weight = True  # False for a whole block, which is seen as a map of its input
     closed_experts: str | None = None
     """In a whole block, the class of experts whose weights can't be read."""
+    quantized: QuantizedWeight | None = None
+    _squared_norms: Tensor | None = None
 
     def __init__(self, linear: Any, key: str, quantized: QuantizedWeight | None = None):
         self.linear: nn.Module = linear
@@ -54,7 +56,6 @@ class BaseProjection:
         self.in_features: int = linear.in_features
         self.out_features: int = linear.out_features
         self.quantized = quantized
-        self._squared_norms: Tensor | None = None
 
     @property
     def stored(self) -> Any:
@@ -144,7 +145,6 @@ class StackedProjection(BaseProjection):
         self.parameter = parameter
         self.is_transposed = bool(getattr(experts, "is_transposed", False))
         self.num_experts, self.out_features, self.in_features = self.weight.shape
-        self._squared_norms = None
 
     @property
     def stored(self) -> Any:
@@ -185,7 +185,6 @@ class BlockProjection(BaseProjection):
     def __init__(self, module: Any, key: str, hidden_size: int):
         self.linear = module
         self.key = key
-        self.quantized = None
         self.in_features = self.out_features = hidden_size
 
     @property

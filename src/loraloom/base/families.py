@@ -4,8 +4,6 @@ Names only suggest what a model computes: a host tries a type that is not in `FA
 tokens before it takes it.
 """
 
-from dataclasses import dataclass
-
 from loraloom.base.blocks import InputGroups
 
 # Types of models that tests compare with PEFT's layers and with their own blocks.
@@ -45,31 +43,16 @@ LOGIT_EXCEPTIONS = {
     "gemma3": {"softcap": ""},
 }
 
-
-@dataclass(frozen=True)
-class FfnNames:
-    """How an FFN block names its projections."""
-
-    inputs: tuple[str, ...]
-    output: str
-    is_fused: bool = False  # one input projection makes gate and up behind one another
-
-    @property
-    def groups(self) -> InputGroups:
-        return self.inputs, (self.output,)
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return (*self.inputs, self.output)
-
-
-FFNS = (
-    FfnNames(("gate_proj", "up_proj"), "down_proj"),
-    FfnNames(("fc1",), "fc2"),
-    FfnNames(("gate_up_proj",), "down_proj", is_fused=True),
-    FfnNames(("dense_h_to_4h",), "dense_4h_to_h"),
-    FfnNames(("c_fc",), "c_proj"),
-    FfnNames(("up_proj",), "down_proj"),
-    FfnNames(("w1", "w3"), "w2"),
-    FfnNames(("fc_in",), "fc_out"),
+# A projection of FFN blocks that makes gate and up behind one another.
+FUSED = "gate_up_proj"
+# Projections of FFN blocks.
+FFNS: tuple[InputGroups, ...] = (
+    (("gate_proj", "up_proj"), ("down_proj",)),
+    (("fc1",), ("fc2",)),
+    ((FUSED,), ("down_proj",)),
+    (("dense_h_to_4h",), ("dense_4h_to_h",)),
+    (("c_fc",), ("c_proj",)),
+    (("up_proj",), ("down_proj",)),
+    (("w1", "w3"), ("w2",)),
+    (("fc_in",), ("fc_out",)),
 )

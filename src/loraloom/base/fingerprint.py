@@ -32,7 +32,7 @@ def fingerprint(
     digest = hashlib.sha256(text.encode())
     for weight in _weights(model, quantized):
         if not weight.is_meta:  # a model without weights is known by its shapes
-            digest.update(_bytes(_sample(weight)))
+            digest.update(_sample(weight))
     return FINGERPRINT_FORM + digest.hexdigest()[:16]
 
 
@@ -48,15 +48,11 @@ def _weights(model: Any, quantized: Iterable[QuantizedWeight]) -> Iterator[Tenso
                 yield weight.dequantized()
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _sample(weight: Tensor) -> bytes:
     """Take all of a vector, or a number in each row, as it is in every dtype."""
     step = 1
     if weight.dim() > 1:
         step = max(1, weight.shape[-1] - 1)
     numbers = weight.detach().flatten()[::step].to(torch.bfloat16)
-    return numbers.masked_fill(numbers.abs() < _SMALLEST, 0.0)
-
-
-def _bytes(numbers: Tensor) -> bytes:
-    stored = numbers.contiguous().view(torch.uint8)
-    return stored.cpu().numpy().tobytes()
+    rounded = numbers.masked_fill(numbers.abs() < _SMALLEST, 0.0)
+    return rounded.contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -20,27 +20,23 @@ from loraloom.base.structure import find_layers
 
 
 def sharded_class(model_class: type[Any], device: torch.device) -> type[Any]:
-    """Return the class whose models are divided as they are made; see `shard`."""
+    """Return the class whose models have a rank's part of each weight, on its device.
+
+    All ranks of the default group make one together. Layers are brought to the device one after the
+    other, so that it never has the whole model.
+    """
 
     # `from_pretrained` makes a model without data, and reads of each tensor what this rank keeps.
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
-        shard(self, device)
+        layers = self.get_submodule(find_layers(self))
+        self.requires_grad_(False)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for layer in layers.children():
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(self, mesh=mesh)
 
     return type(model_class.__name__, (model_class,), {"__init__": initialise})
-
-
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Leave a rank's part of each weight, on its device; all ranks of the default group call this.
-
-    Layers are brought to the device one after the other, so that it never has the whole model.
-    """
-    layers = model.get_submodule(find_layers(model))
-    model.requires_grad_(False)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers.children():
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh)
 
 
 def decoder_of(model: Any, undo: ExitStack) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 Axes: N states, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain, product
@@ -28,7 +28,6 @@ from loraloom.base.blocks import (
     StackedProjection,
     describe_blocks,
 )
-from loraloom.base.families import FfnNames
 from loraloom.base.fingerprint import fingerprint
 from loraloom.base.quantization import (
     check_computes,
@@ -197,11 +196,12 @@ class _LayerReader:
         """Read an FFN block or stacked experts; None if it is neither."""
         module: Any = self.layer.get_submodule(path)
         linears = _linears(module)
-        names = next((names for names in families.FFNS if linears.issuperset(names.all)), None)
-        if names is not None:
-            gating = ActivationGating(_activation(self.model, module, names), names.is_fused)
-            projections = self._linears(path, names.all)
-            return self._block(path, "ffn", names.groups, projections, gating)
+        for groups in families.FFNS:
+            names = tuple(chain.from_iterable(groups))
+            if linears.issuperset(names):
+                activation = _activation(self.model, module, names)
+                gating = ActivationGating(activation, is_fused=families.FUSED in names)
+                return self._block(path, "ffn", groups, self._linears(path, names), gating)
         if not _takes_routes(module):
             return None
         names = _stacked_names(module)
@@ -282,12 +282,12 @@ def _stacked_names(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def _activation(model: nn.Module, ffn: nn.Module, names: FfnNames) -> Any:
+def _activation(model: nn.Module, ffn: nn.Module, names: Collection[str]) -> Any:
     function = families.ACTIVATION_FUNCTIONS.get(_model_type(model))
     if function is not None:
         return ACT2FN[function]
     named = [name for name in families.ACTIVATIONS if callable(getattr(ffn, name, None))]
-    others = [name for name, _ in ffn.named_children() if name not in names.all]
+    others = [name for name, _ in ffn.named_children() if name not in names]
     if not named and len(others) != 1:
         raise unsupported(model, "its FFN block has no module that is its activation")
     return getattr(ffn, named[0] if named else others[0])

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
+from loraloom.adapters.lora import with_all_experts
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, ModelError, shown
-from loraloom.formats.engines import engine_files, with_all_experts
+from loraloom.formats.engines import engine_files
 from loraloom.formats.fields import TABLES
 from loraloom.formats.files import fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import StoredAdapter, render
@@ -66,12 +67,11 @@ def convert(
             "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
         )
     if to == "peft":
-        config, tensors = with_all_experts(config, tensors, base)
+        config, tensors = with_all_experts(config, tensors, base.layers_without_weights())
     if to == "vllm" or to == "sglang":
         files = engine_files(config, tensors, base, to)
-        write_new(path, files, model_card(config, base, prompt=prompt))
-        return config
-    files = render(config, tensors, base, prompt)
+    else:
+        files = render(config, tensors, base, prompt)
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         _check_reference_holds(config)

@@ -429,12 +429,8 @@ class _MoeModel(_ExportedModel):
             tensors["experts.gate_up_proj"][expert] = torch.cat(inputs)
             tensors["experts.down_proj"][expert] = ffn.weight(expert, block.output.name, self.wide)
         named = {f"{self.twin.block}.{name}": tensor for name, tensor in tensors.items()}
-        return self._outside_ffn(index, layer) | named
-
-    def _outside_ffn(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
-        gated = self._gated_block(index)
-        others = [block for block in self.adapter.base_layers[index].blocks if block is not gated]
-        return self.merged(layer, others, f"{gated.path}.")
+        others = [other for other in self.adapter.base_layers[index].blocks if other is not block]
+        return self.merged(layer, others, f"{block.path}.") | named
 
     def _gated_block(self, index: int) -> Block:
         blocks = self.adapter.base_layers[index].blocks

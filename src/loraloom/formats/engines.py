@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import refuse_own_parts
-from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.lora import LoraConfig, with_all_experts
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseInfo, BaseProjection
 from loraloom.errors import AdapterError
@@ -58,10 +58,11 @@ def engine_files(
     title = _TITLES[engine]
     lora = _check_method(config, title)
     refuse_own_parts(config, "the adapter", f"be loaded by {title}")
-    adapted = lora.adapted(base.layers_without_weights())
+    layers = base.layers_without_weights()
+    adapted = lora.adapted(layers)
     has_stacks = any(projection.num_experts is not None for projection in adapted)
     _check_projections(adapted, title)
-    lora, tensors = with_all_experts(lora, tensors, base)
+    lora, tensors = with_all_experts(lora, tensors, layers)
     plain, tensors = _folded(lora, tensors, [projection.key for projection in adapted])
     single = {}
     if has_stacks and not (engine == "vllm" and base.model_type in _VLLM_STACKS):
@@ -112,29 +113,6 @@ def _check_projections(adapted: list[BaseProjection], title: str) -> None:
             )
 
 
-def with_all_experts(
-    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
-) -> tuple[Any, dict[str, Tensor]]:
-    """Give each expert factors: those that all share, or zeros where it has no LoRA."""
-    is_plain = not isinstance(config, LoraConfig)
-    if is_plain or (not config.shared_outer and config.base_experts is None):
-        return config, dict(tensors)
-    layers = base.layers_without_weights()
-    blocks = {f"layers.{b.layer}.{b.path}": b for layer in layers for b in layer.blocks}
-    expanded = {}
-    for name, tensor in tensors.items():
-        key = TensorKey.parse(name)
-        assert key is not None
-        block = blocks[key.place.rpartition(".")[0]]
-        if block.num_experts is not None:
-            of_all = tensor.new_zeros(block.num_experts, *tensor.shape[1:])
-            experts = config.experts_in(block)
-            of_all[slice(None) if experts is None else list(experts)] = tensor
-            tensor = of_all
-        expanded[name] = tensor
-    return config.model_copy(update={"shared_outer": False, "base_experts": None}), expanded
-
-
 def _folded(
     config: LoraConfig, tensors: Mapping[str, Tensor], keys: list[str]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -175,20 +153,14 @@ def _single_experts(
             continue
         prefix = f"base_model.model.{base.layers_path}.{key.layer}.{path or key.block}"
         for expert, matrix in enumerate(tensor):
-            halves = {down: matrix}
-            if key.projection == "gate_up_proj":
-                is_interleaved = base.model_type in INTERLEAVED
-                halves = _halves(matrix, key.part, is_interleaved=is_interleaved, names=(gate, up))
-            for projection, values in halves.items():
+            if key.projection != "gate_up_proj":
+                matrices = {down: matrix}
+            elif key.part == "lora_A":  # both read all of it
+                matrices = {gate: matrix, up: matrix}
+            elif base.model_type in INTERLEAVED:
+                matrices = {gate: matrix[0::2], up: matrix[1::2]}
+            else:
+                matrices = dict(zip((gate, up), matrix.chunk(2), strict=True))
+            for projection, values in matrices.items():
                 single[f"{prefix}.{expert}.{projection}.{key.part}.weight"] = values.contiguous()
     return single
-
-
-def _halves(
-    matrix: Tensor, side: str, *, is_interleaved: bool, names: tuple[str, str]
-) -> dict[str, Tensor]:
-    """Split gate and up: rows of B; both read all of A."""
-    if side == "lora_A":
-        return dict.fromkeys(names, matrix)
-    halves = (matrix[0::2], matrix[1::2]) if is_interleaved else matrix.chunk(2)
-    return dict(zip(names, halves, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from loraloom import adapters
 from loraloom.adapters.contract import AdapterConfig, Targets
 from loraloom.adapters.extra_modules import MODULES, OWN_FIELDS, own_parts
-from loraloom.adapters.lora import matches, pattern_value
+from loraloom.adapters.lora import ALL_EXPERTS, matches, pattern_value
 from loraloom.adapters.tensor_names import TensorKey, is_meant
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.fields import checked
@@ -315,7 +315,8 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     fields: Settings = {}
     if stacks:
         fields["target_parameters"] = list(dict.fromkeys(stacks.values()))
-    settings = config.model_dump(mode="json", include={*_ON_EXPERTS}, exclude_defaults=True)
+    # PEFT has no field for these.
+    settings = config.model_dump(mode="json", include={*ALL_EXPERTS}, exclude_defaults=True)
     if settings:
         fields["loraloom"] = {"adapter": settings}
     return fields | {
@@ -393,8 +394,6 @@ def _same(names: str) -> dict[str, str]:
     return {name: name for name in names.split()}
 
 
-# Settings for a base model's experts that PEFT has no field for.
-_ON_EXPERTS = {"shared_outer": False, "base_experts": None}
 _UNDECOMPOSED = {ours: name for ours, name in LORA_FIELDS.items() if ours != "weight_decomposition"}
 
 # The methods that other libraries store.
@@ -405,7 +404,7 @@ TABLES: dict[str, _Table] = {
         | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
         read=_read_lora,
         write=_write_lora,
-        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}} | _ON_EXPERTS,
+        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}, **ALL_EXPERTS},
     ),
     adapters.VeraConfig.peft_type: _Table(
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}

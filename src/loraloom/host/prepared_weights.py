@@ -22,7 +22,7 @@ from loraloom.adapters.contract import Adapter, OwnModule
 from loraloom.adapters.low_rank import input_group
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_weights import stack_experts
+from loraloom.ops.expert_weights import stack_alike
 from loraloom.ops.low_rank import InputGroup
 from loraloom.ops.stacked import stack_inputs
 from loraloom.routing.record import LayerRouting
@@ -146,7 +146,7 @@ class _Stack:
                 return None
             weights = [self._forms.ffn(row, block, self._dtype) for row in rows]
             if block.num_experts is not None:
-                return stack_experts(weights)
+                return stack_alike(weights)
             return adapters[0].stack_ffn(adapters, block, weights)
         forms = [self._forms.group(row, block, names, self._dtype) for row in rows]
         groups = [form for form in forms if form is not None]  # all have one, or none

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from loraloom.adapters.segment import FfnRows
 from loraloom.base.blocks import Block, QuantizedWeight
 from loraloom.base.quantization import is_linear
 from loraloom.base.structure import Structure
@@ -32,6 +31,7 @@ from loraloom.host.layout import Segment
 from loraloom.host.prepared_weights import ProjectionSite, outside_autocast
 from loraloom.host.stacked_forward import cut_rows, join_rows
 from loraloom.ops.dropout import Site
+from loraloom.ops.expert_ffn import FfnRows
 from loraloom.ops.low_rank import add_low_rank_, apply_update
 
 

@@ -1,7 +1,7 @@
 """The FFN block of one adapter's tokens: its formula, its weights, and its plain computation.
 
 Axes: T tokens, D hidden, F feed-forward, K top_k, E experts, R rank, S = E·R, P = S for each
-input projection that has its own A.
+input projection that has its own A, n rows.
 
 `h_j = gating(gate + Δgate_e(j), up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`, where
 gating is `act(gate) ∘ up`, or another function of what the block's input projections make. The
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -91,6 +91,14 @@ class FfnDropout:
         return FfnDropout(0.0, None, [None] * top_k)
 
 
+class FfnRows(NamedTuple):
+    """An adapter's half-done FFN block, waiting for the base's output projection."""
+
+    hidden: Tensor  # rows to send through it, [n, F]
+    finish: Callable[[Tensor], Tensor]
+    """From its output for these, [n, D], to the block's, [T, D]; it may write to the output."""
+
+
 def mapped_ffn(
     hidden_states: Tensor,
     outputs: Sequence[Tensor],
@@ -98,12 +106,10 @@ def mapped_ffn(
     gating: Gating,
     dropout: FfnDropout,
     tokens: Any,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+) -> FfnRows:
     """Compute the block of an adapter that maps `tokens` between A and B, all with one expert.
 
-    Outputs are those of the base's input projections, bias included, as gate and up, [T, F]. The
-    rows, [T, F], are what the base's down-projection has to see; the function makes of its output
-    for them the block's, [T, D].
+    Outputs are those of the base's input projections, bias included, as gate and up, [T, F].
     """
     # Plain autograd: h is kept for the backward pass, since a router of the output projection reads
     # it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory.
@@ -124,4 +130,4 @@ def mapped_ffn(
     updates = rank_inputs(hidden_states, weights.input_A, dropout.keep_input, weights.inputs)
     hidden = gating(*map(apply_update, outputs, updates, weights.inputs))
     (update,) = rank_inputs(hidden, weights.down_A, dropout.keep_slots[0], [weights.down])
-    return hidden, lambda output: apply_update(output, update, weights.down)
+    return FfnRows(hidden, lambda output: apply_update(output, update, weights.down))

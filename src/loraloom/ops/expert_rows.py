@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.gating import Gating
-from loraloom.ops.grouped_rows import group_stops, grouped_product, multiply_groups
+from loraloom.ops.grouped_rows import GroupedProduct, group_stops, multiply_groups
 from loraloom.ops.low_rank import excess_of
 
 
@@ -126,7 +126,8 @@ class _Rows:
         for update, hidden in zip(updates, by_owner, strict=False):
             self.adapters.append(_AdapterRows(self, update, hidden))
         self.is_scaled = any(
-            update.weights.down is not None and update.weights.down.is_scaled for update in updates
+            update.weights.down is not None and update.weights.down.row_scale is not None
+            for update in updates
         )
         # A row scale stands outside of W_down, so that each hidden row goes through it by itself.
         self.apart = self.base_rows is not None and self.is_scaled
@@ -231,7 +232,7 @@ class _AdapterRows:
         shared = self.num_groups // len(weights)  # groups that have one weight
         if self.stops is None:
             return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
-        return grouped_product(inputs, weights, self.stops[shared - 1 :: shared], known)
+        return GroupedProduct.apply(inputs, weights, self.stops[shared - 1 :: shared], known)
 
     def scale_change(
         self, update: Tensor, side: ExpertSide, frozen: Tensor, bias: Tensor | None
@@ -245,17 +246,13 @@ class _AdapterRows:
             frozen = frozen - bias[self.experts]
         return torch.addcmul(update, excess, frozen + update)
 
-    def drop_inputs(self, inputs: Tensor, update: ExpertUpdate) -> Tensor:
-        """Apply dropout to the block's input, [Q, D]."""
-        if update.keep_input is None:
-            return inputs
-        return inputs * update.keep_input[self.local] * (1 / (1 - update.dropout))
-
-    def drop_states(self, states: Tensor, update: ExpertUpdate) -> Tensor:
-        """Apply dropout to hidden states, [Q, F]."""
-        if update.keep_slots is None:
-            return states
-        return states * update.keep_slots[self.slots, self.local] * (1 / (1 - update.dropout))
+    def drop(self, values: Tensor, update: ExpertUpdate, is_up: bool) -> Tensor:
+        """Apply dropout to the block's input, [Q, D], or to hidden states, [Q, F]."""
+        if update.keep_input is None or update.keep_slots is None:
+            return values
+        place = (self.local,) if is_up else (self.slots, self.local)
+        masks = update.keep_input if is_up else update.keep_slots
+        return values * masks[place] * (1 / (1 - update.dropout))
 
 
 def _gather(values: Tensor, indices: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -300,21 +297,21 @@ def _reduce(
     reduced = []
     for number, inputs in enumerate(_gather(values, sources)):
         adapter, update, side = adapted[number]
-        drop = adapter.drop_inputs if is_up else adapter.drop_states
         low_rank = known[number] if known else None
-        low_rank = adapter.product(drop(inputs, update), side.A.transpose(1, 2), low_rank)
+        dropped = adapter.drop(inputs, update, is_up)
+        low_rank = adapter.product(dropped, side.A.transpose(1, 2), low_rank)
         reduced.append(_Reduced(adapter, side, low_rank))
     return reduced
 
 
 def _changes(reduced: Sequence[_Reduced], frozen: Tensor, bias: Tensor | None) -> Tensor:
     """Compute what all adapters add to their frozen rows, one adapter's behind the other's."""
-    scaled = [each.adapter.hidden for each in reduced if each.side.is_scaled]
+    scaled = [each.adapter.hidden for each in reduced if each.side.row_scale is not None]
     frozen_rows = iter(_gather(frozen, scaled))
     changes = []
     for each in reduced:
         change = each.expand()
-        if each.side.is_scaled:
+        if each.side.row_scale is not None:
             change = each.adapter.scale_change(change, each.side, next(frozen_rows), bias)
         changes.append(change)
     return torch.cat(changes)

@@ -27,14 +27,6 @@ class ExpertSide(StackedWeights):
 
     stacked_fields = ("A", "B", "row_scale")
 
-    @property
-    def is_scaled(self) -> bool:
-        return self.row_scale is not None
-
-    def flat(self) -> ExpertSide:
-        row_scale = None if self.row_scale is None else self.row_scale.flatten(0, 1)
-        return ExpertSide(self.A.flatten(0, 1), self.B.flatten(0, 1), row_scale)
-
     def scaled(self, scale: float) -> ExpertSide:
         lora_B = self.B
         if self.row_scale is not None:  # each expert's own, which a shared B gets too
@@ -56,10 +48,6 @@ class ExpertWeights(StackedWeights):
 
     stacked_fields = ("up", "down", "places")
 
-    @property
-    def sides(self) -> list[ExpertSide]:
-        return [side for side in (self.up, self.down) if side is not None]
-
     def scaled(self, scale: float) -> ExpertWeights:
         if scale == 1:
             return self
@@ -69,25 +57,17 @@ class ExpertWeights(StackedWeights):
 
     def flat(self) -> ExpertWeights:
         """See a stack of adapters' weights as one adapter's with as many more groups."""
-        up = None if self.up is None else self.up.flat()
-        down = None if self.down is None else self.down.flat()
-        return replace(self, up=up, down=down)
+        return self.map_fields(lambda tensor: tensor.flatten(0, 1))
 
 
-def stack_experts(weights: Sequence[ExpertWeights]) -> ExpertWeights:
+def stack_alike(parts: Sequence[Any]) -> Any:
     """Put like adapters' weights side by side, [N, G, …]."""
-    first = weights[0]
-    up = None if first.up is None else _stack_sides([each.up for each in weights])
-    down = None if first.down is None else _stack_sides([each.down for each in weights])
-    places = None
-    if first.places is not None:
-        places = torch.stack([each.places for each in weights])  # ty: ignore[invalid-argument-type]
-    return replace(first, up=up, down=down, places=places)
-
-
-def _stack_sides(sides: Sequence[Any]) -> ExpertSide:
-    row_scale = None
-    if sides[0].row_scale is not None:
-        row_scale = torch.stack([side.row_scale for side in sides])
-    lora_A = torch.stack([side.A for side in sides])
-    return ExpertSide(lora_A, torch.stack([side.B for side in sides]), row_scale)
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.stack(list(parts))
+    stacked = {}
+    for name in first.stacked_fields:
+        stacked[name] = stack_alike([getattr(part, name) for part in parts])
+    return replace(first, **stacked)

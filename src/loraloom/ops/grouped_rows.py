@@ -8,18 +8,11 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 
-def grouped_product(
-    rows: Tensor, weights: Tensor, stops: Tensor, known: Tensor | None = None
-) -> Tensor:
-    """Multiply rows, [Q, I], with their group's weight of [G, I, O], differentiably.
+class GroupedProduct(torch.autograd.Function):
+    """Rows that are sorted by group, [Q, I], times their group's weight, [G, I, O].
 
     `known` is the product where it was computed before, or is not read.
     """
-    return _GroupedProduct.apply(rows, weights, stops, known)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """Rows that are sorted by group, [Q, I], times their group's weight, [G, I, O]."""
 
     # torch's own takes no float64, and no gradients that are expanded
 

@@ -18,7 +18,7 @@ in float32 inside); gradients of weights are summed over pieces in float32 or be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnDropout, FfnRows, FfnWeights, Routing
 from loraloom.ops.fused import fused_on_accelerators, plus_product, without_graph
 from loraloom.ops.gating import Gating, gate_with_gradients
 from loraloom.ops.grouped_products import (
@@ -55,13 +55,12 @@ def lean_expert_ffn(
     routing: Routing | None,
     gating: Gating,
     dropout: FfnDropout,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+) -> FfnRows:
     """Compute the rows that the base's down-projection has to see, and what to do with its output.
 
     Outputs are those of the base's input projections, bias included, as gate and up, [T, F]. They
     are written to where one expert has all tokens. The rows are [T, F], or [K·T, F] where slots
-    stay apart; the function makes of the base's output for them the block's, [T, D], and may write
-    to that. Without routing all tokens have one expert.
+    stay apart. Without routing all tokens have one expert.
     """
     slots = Slots.of(weights, routing, outputs[0])
     low_rank = None
@@ -82,7 +81,7 @@ def lean_expert_ffn(
     sides = [_Side.of(side, slots) for side in weights.inputs]
     block = _Block(slots, gating, dropout.scale, weights.width, sides, list(tensors))
     hidden, down_rank = _LeanFfn.apply(block, *tensors.values())
-    return hidden, partial(_finish, down_rank, weights.down, slot_weights, slots)
+    return FfnRows(hidden, partial(_finish, down_rank, weights.down, slot_weights, slots))
 
 
 def _project_input(

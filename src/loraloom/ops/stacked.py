@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from loraloom.ops.expert_ffn import FfnWeights
+from loraloom.ops.expert_ffn import FfnRows, FfnWeights
 from loraloom.ops.gating import Gating
 from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
 from loraloom.routing.routes import Route
@@ -38,18 +38,22 @@ class StackedWeights(ABC):
 
     def take(self, entries: slice) -> Any:
         """Return a view of the stack: adapters that lie behind one another."""
-        taken = {name: _take(getattr(self, name), entries) for name in self.stacked_fields}
-        return replace(self, **taken)
+        return self.map_fields(lambda values: values[entries])
+
+    def map_fields(self, change: Callable[[Any], Any]) -> Any:
+        """Change what each field has, and what lies within it."""
+        changed = {name: _changed(getattr(self, name), change) for name in self.stacked_fields}
+        return replace(self, **changed)
 
 
-def _take(values: Any, entries: slice) -> Any:
+def _changed(values: Any, change: Callable[[Any], Any]) -> Any:
     if values is None:
         return None
     if isinstance(values, Mapping):
-        return {key: _take(value, entries) for key, value in values.items()}
+        return {key: _changed(value, change) for key, value in values.items()}
     if isinstance(values, StackedWeights):
-        return values.take(entries)
-    return values[entries]
+        return values.map_fields(change)
+    return change(values)
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,6 @@ class _Slots:
         return self.selected + adapters[:, None, None] * self.num_experts
 
 
-# From the base's output projection of a block's hidden states to the block's output, [N·n, D].
-# Where nothing else is asked of it, the output is changed in place and returned.
-Finish = Callable[[Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class StackedFfn(StackedWeights):
     """An FFN block's weights of like adapters; those of mixtures have a router."""
@@ -160,10 +159,11 @@ class StackedFfn(StackedWeights):
 
     def step(
         self, hidden_states: Tensor, outputs: Sequence[Tensor], gating: Gating, tokens: TokensOf
-    ) -> tuple[Tensor, Finish]:
+    ) -> FfnRows:
         """Return rows for the base's output projection and what is to be done with its output.
 
-        All inputs are [N, n, ...]; rows are [N·n, F], or [N·n·K, F] where slots stay apart.
+        All inputs are [N, n, ...]; rows are [N·n, F], or [N·n·K, F] where slots stay apart. Where
+        an update is all that is added, the output is changed in place and returned.
         """
         dtype = outputs[0].dtype
         slots = None
@@ -176,7 +176,7 @@ class StackedFfn(StackedWeights):
         down_rank = self._reduce(states, slots, tokens)
         hidden = states if slots is None or self.apart else slots.combine(states)
         finish = partial(self._finish, down_rank, slots, states.shape[:-1])  # ty: ignore[invalid-argument-type]
-        return hidden.reshape(-1, hidden.shape[-1]), finish
+        return FfnRows(hidden.reshape(-1, hidden.shape[-1]), finish)
 
     def _route(
         self, hidden_states: Tensor, router: Tensor, dtype: torch.dtype, tokens: TokensOf

@@ -78,12 +78,8 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _chunk_tokens(vocab_size: int) -> int:
-    return max(1, _CHUNK_BYTES // (4 * vocab_size))
-
-
 def _chunks(vocab_size: int, *rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    size = _chunk_tokens(vocab_size)
+    size = max(1, _CHUNK_BYTES // (4 * vocab_size))
     return zip(*(values.split(size) for values in rows), strict=True)
 
 

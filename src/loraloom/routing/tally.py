@@ -36,24 +36,6 @@ _MAX_NAMED = 4
 Choices = Mapping[RouterName, Sequence[int]]
 
 
-def _measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
-    """Compute the sums that `RoutingTotals` has."""
-    first = routing[0].selected_experts
-    all_alike = first.new_zeros(len(first))
-    loads = loads_by_class(routing, all_alike, num_classes=1)[0]
-    num_routers = len(routing)
-    sums = torch.zeros_like(loads)
-    tokens_and_bits = loads.new_zeros(num_routers, 2)
-    for index, record in enumerate(routing):
-        probabilities = record.router_logits.detach().softmax(-1)  # (T, E)
-        # Widened once experts are summed up: over many tokens float32 would lose digits.
-        entropies = widened(torch.special.entr(probabilities).sum(-1))
-        tokens_and_bits[index, :1] = len(probabilities)  # an index would make a device wait
-        tokens_and_bits[index, 1] = entropies.sum() / math.log(2)
-        sums[index, : record.num_experts] = probabilities.sum(0)
-    return torch.cat([tokens_and_bits, loads, sums], dim=1)
-
-
 def widened(values: Tensor) -> Tensor:
     """Values in float64, on the CPU where their device has none."""
     if not has_float64(values.device):
@@ -86,10 +68,22 @@ class RoutingTotals:
     @staticmethod
     def of(routing: Sequence[LayerRouting]) -> RoutingTotals:
         """Sum up one forward's record."""
+        first = routing[0].selected_experts
+        all_alike = first.new_zeros(len(first))
+        loads = loads_by_class(routing, all_alike, num_classes=1)[0]
+        sums = torch.zeros_like(loads)
+        tokens_and_bits = loads.new_zeros(len(routing), 2)
+        for index, record in enumerate(routing):
+            probabilities = record.router_logits.detach().softmax(-1)  # (T, E)
+            # Widened once experts are summed up: over many tokens float32 would lose digits.
+            entropies = widened(torch.special.entr(probabilities).sum(-1))
+            tokens_and_bits[index, :1] = len(probabilities)  # an index would make a device wait
+            tokens_and_bits[index, 1] = entropies.sum() / math.log(2)
+            sums[index, : record.num_experts] = probabilities.sum(0)
         return RoutingTotals(
             routers=tuple(record.router for record in routing),
             num_experts=tuple(record.num_experts for record in routing),
-            sums=_measure_routing(routing),
+            sums=torch.cat([tokens_and_bits, loads, sums], dim=1),
         )
 
     def __add__(self, more: RoutingTotals) -> RoutingTotals:

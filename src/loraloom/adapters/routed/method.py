@@ -246,7 +246,7 @@ class RoutedAdapter(LowRankAdapter):
             return RoutedUpdates(updates, config, dtype, seed)
 
         layers = sum_blocks(base_layers, added, [1.0] * len(added), make)
-        Adapter.__init__(self, name, config, base_layers, layers)
+        super().__init__(name, config, base_layers, layers)
         self.prompt_router = None
         if is_by_prompt:
             shape = (len(experts), base_layers[0].hidden_size)
