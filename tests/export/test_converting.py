@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 
 from loraloom.adapters import (
     DynMoleConfig,
@@ -17,7 +18,15 @@ from loraloom.cli.main import main
 from loraloom.errors import AdapterError
 from loraloom.exports.converting import convert
 from tests.formats.tiny import edit_config, name_base
-from tests.tiny import ALL_METHODS, METHODS, changed, relative_error, tiny_host, tiny_ids
+from tests.tiny import (
+    ALL_METHODS,
+    METHODS,
+    changed,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
 
 IDS = tiny_ids(2)
 
@@ -113,6 +122,28 @@ def test_peft_is_not_given_a_mixture(tmp_path):
     with pytest.raises(
         AdapterError, match=r"PEFT does not support MixLoRA; `import loraloom.peft`"
     ):
+        convert(source, tmp_path / "theirs", "peft")
+
+
+# PEFT compares its patterns with modules, and not with parameters.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_peft_reads_a_lora_on_experts_that_was_trained_with_dropout(tmp_path):
+    config = LoraConfig(rank=2, dropout=0.1, target_modules="experts", base_experts=(0, 2))
+    host, source = saved(tmp_path, config, "qwen3_moe")
+    convert(source, tmp_path / "theirs", "peft")
+    model = tiny_model("qwen3_moe", torch.float32)
+    theirs = PeftModel.from_pretrained(model, tmp_path / "theirs")
+    assert relative_error(theirs(tiny_ids(2)).logits, logits(host, "a")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("experts", "support DoRA on experts; write a merged"), ("moe", "updates next to a block")],
+)
+def test_peft_is_not_given_what_it_lacks_in_moe_bases(target, message, tmp_path):
+    config = LoraConfig(rank=2, weight_decomposition=target == "experts", target_modules=target)
+    _, source = saved(tmp_path, config, "qwen3_moe")
+    with pytest.raises(AdapterError, match=message):
         convert(source, tmp_path / "theirs", "peft")
 
 
