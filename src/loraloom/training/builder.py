@@ -157,11 +157,12 @@ class JobBuilder:
         for job in jobs:
             of_job = torch.cat([next(log_probs) for _ in rows[job.name]])
             scored = objectives.scored_samples(of_job, rows[job.name], job.reference)
-            terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
+            totals = objectives.count_totals(job.training_set.validation)
+            loss, metrics_of_job = job.objective(scored, totals)
             # What isn't finite is left out, as in a step's line, but for these two.
             always_told = ("eval/loss", job.selection.metric)
-            others = {name: value for name, value in terms.metrics.items() if name != "loss"}
-            for name, value in {"loss": terms.loss, **others}.items():
+            others = {name: value for name, value in metrics_of_job.items() if name != "loss"}
+            for name, value in {"loss": loss, **others}.items():
                 if f"eval/{name}" in always_told or math.isfinite(value):
                     metrics[job.name][f"eval/{name}"] = float(value)
 

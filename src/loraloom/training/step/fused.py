@@ -167,10 +167,9 @@ def _share(
     computed_tokens: int,
 ) -> _Share:
     scored = scored_samples(-token_losses, batch.examples, batch.reference)
-    terms = batch.objective(scored, batch.window.totals)
-    loss = terms.loss
+    loss, metrics = batch.objective(scored, batch.window.totals)
     # Metrics of registered objectives may be plain numbers.
-    metrics = {name: torch.as_tensor(value).to(loss) for name, value in terms.metrics.items()}
+    metrics = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
     in_rows = [batch.examples[index] for row in rows for index in row]
     samples = [SampleTokens(len(sample.input_ids), sample.expert_group) for sample in in_rows]
     if not batch.counts:
