@@ -200,7 +200,7 @@ class Sessions:
             )
         request = ForwardRequest(input_ids=input_ids, adapters=adapters, mask=mask)
         session = Decoding(
-            adapters=self._forwards.choices.resolve(request),
+            adapters=self._forwards.choose_adapters(request),
             attention_mask=mask[:, :0],
             cache=make_cache(text_config(self._forwards.model)),
             prepared=prepared or PreparedWeights(),

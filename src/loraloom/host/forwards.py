@@ -5,7 +5,7 @@ Axes: B batch (rows), L sequence (tokens of a row), D hidden, V vocabulary.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -104,10 +104,6 @@ class ThreadState(threading.local):
     training: bool = False
     prepared: PreparedWeights | None = None
 
-    def using_prepared(self) -> AbstractContextManager[None]:
-        """Keep the weights that this thread's forwards prepare."""
-        return self.using(self.prepared or PreparedWeights())
-
     @contextmanager
     def using(self, prepared: PreparedWeights) -> Iterator[None]:
         """Compute this thread's forwards with prepared weights."""
@@ -117,36 +113,6 @@ class ThreadState(threading.local):
             yield
         finally:
             self.prepared = outer
-
-
-class PromptChoices:
-    """Adapters that routers choose by a row's prompt, which are kept with the prompt's cache."""
-
-    def __init__(self, registry: AdapterRegistry, choose: Callable[..., Sequence[Choice]]):
-        self._registry = registry
-        self._choose = choose
-        # For each cache, the names of its rows' adapters, and which were chosen.
-        self._by_cache = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
-
-    def resolve(self, request: ForwardRequest) -> list[RowAdapter]:
-        """Name rows' adapters; those that are chosen by prompt, by the row's tokens."""
-        num_rows = len(request.input_ids)
-        rows = self._registry.rows(request.adapters, num_rows)  # a text is no list of names
-        names: list[RowAdapter] = [*(request.adapters or [None] * num_rows)]
-        if all(row is None or prompt_router_of(row[0]) is None for row in rows):
-            return names
-        caches = request.caches
-        is_continued = any(cache.get_seq_length() for cache in caches)
-        if caches and (is_continued or request.is_packed):
-            earlier_names, chosen = self._by_cache.get(caches[0], (None, []))
-            if earlier_names == names:
-                return chosen
-        if is_continued or request.is_packed:
-            raise _needs_prompts()
-        choices = self._choose(_prompts_of(request), names)
-        chosen: list[RowAdapter] = [choice.adapter for choice in choices]
-        self._by_cache.update(dict.fromkeys(caches, (names, chosen)))
-        return chosen
 
 
 def _prompts_of(request: ForwardRequest) -> list[list[int]]:
@@ -184,7 +150,9 @@ class Forwards:
     ):
         self.run_decoder = run_decoder  # the base model up to its final norm
         self.thread = ThreadState()
-        self.choices = PromptChoices(registry, choose)
+        self._choose = choose
+        # For each cache, the names of its rows' adapters, and which were chosen by their prompts.
+        self._chosen = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
         self._registry = registry
         self.model = registry.model
         self._lock = lock
@@ -211,11 +179,31 @@ class Forwards:
         with self._lock:
             self._registry.check_attached()
             if not request.training:
-                request = replace(request, adapters=self.choices.resolve(request))
+                request = replace(request, adapters=self.choose_adapters(request))
             model_inputs = self._without_cache(request)
             forward = self.open(request)
             with running(forward), recovering(self.model):
                 yield forward, model_inputs
+
+    def choose_adapters(self, request: ForwardRequest) -> list[RowAdapter]:
+        """Name rows' adapters; those that are chosen by prompt, by the row's tokens."""
+        num_rows = len(request.input_ids)
+        rows = self._registry.rows(request.adapters, num_rows)  # a text is no list of names
+        names: list[RowAdapter] = [*(request.adapters or [None] * num_rows)]
+        if all(row is None or prompt_router_of(row[0]) is None for row in rows):
+            return names
+        caches = request.caches
+        is_continued = any(cache.get_seq_length() for cache in caches)
+        if caches and (is_continued or request.is_packed):
+            earlier_names, chosen = self._chosen.get(caches[0], (None, []))
+            if earlier_names == names:
+                return chosen
+        if is_continued or request.is_packed:
+            raise _needs_prompts()
+        choices = self._choose(_prompts_of(request), names)
+        chosen: list[RowAdapter] = [choice.adapter for choice in choices]
+        self._chosen.update(dict.fromkeys(caches, (names, chosen)))
+        return chosen
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

@@ -355,7 +355,8 @@ class Host:
 
         Do not change weights inside the context.
         """
-        return self.forwards.thread.using_prepared()
+        thread = self.forwards.thread
+        return thread.using(thread.prepared or PreparedWeights())
 
     def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.
