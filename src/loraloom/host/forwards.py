@@ -232,7 +232,9 @@ class Forwards:
         self._check_not_compiled()
         keys = None
         if request.training:
-            self._check_trains(rows)
+            self._registry.check_unmerged("train")
+            for adapter, _ in filter(None, rows):
+                adapter.check_is_trained()
             keys = self._sample_keys(request)
         layout = make_layout(
             rows, length, request.mask, keys, self.device, sample_lengths=request.sample_lengths
@@ -257,13 +259,6 @@ class Forwards:
                 "forwards with gradients must not be compiled, because torch.compile ignores "
                 "updates of the base's outputs; remove torch.compile (torch_compile of Trainer)"
             )
-
-    def _check_trains(self, rows: ScaledRows) -> None:
-        self._registry.check_unmerged("train")
-        for row in rows:
-            if row is not None:
-                adapter, _ = row
-                adapter.check_is_trained()
 
     def _sample_keys(self, request: ForwardRequest) -> list[int]:
         """Return the samples' keys of random numbers; by default torch's generator draws them."""
