@@ -134,14 +134,12 @@ def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
     is_packed = any(len(samples) > 1 for samples in layout.samples)
     adapters_of_labels = owners(inputs_of_rows, adapters)
     inputs = collate(inputs_of_rows, host.dtype, host.device, pad_id)
-    attention_mask: Tensor | None = inputs.attention_mask
     lengths = None
     if is_packed:
-        attention_mask = None
         lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     output = host.hidden(
         inputs.input_ids,  # (B, L)
-        attention_mask,
+        inputs.attention_mask,
         adapters=adapters,
         sample_keys=[batch.sample_keys[index] for batch, row in layout.flat for index in row],
         sample_lengths=lengths,
