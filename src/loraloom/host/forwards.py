@@ -85,18 +85,6 @@ class HostOutput:
     routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
     samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, output: Any, forward: ForwardContext) -> "HostOutput":
-        return cls(
-            logits=output.get("logits"),
-            last_hidden_state=output.get("last_hidden_state"),
-            # The cache's field changed its name within transformers 5.
-            past_key_values=output.get("cache", output.get("past_key_values")),
-            loss=output.get("loss"),
-            routing=forward.joined_routing(),
-            samples=forward.samples(),
-        )
-
 
 class ThreadState(threading.local):
     """What a thread has set for its own forwards."""
