@@ -63,12 +63,6 @@ class ForwardRequest:
         inputs = [self.model_inputs.get(name) for name in ("cache", "past_key_values")]
         return [cache for cache in inputs if cache is not None]
 
-    @property
-    def num_samples(self) -> int:
-        if self.sample_lengths is None:
-            return len(self.input_ids)
-        return sum(len(lengths) for lengths in self.sample_lengths)
-
 
 @dataclass(frozen=True)
 class HostOutput:
@@ -250,7 +244,9 @@ class Forwards:
 
     def _sample_keys(self, request: ForwardRequest) -> list[int]:
         """Return the samples' keys of random numbers; by default torch's generator draws them."""
-        count = request.num_samples
+        count = len(request.input_ids)
+        if request.sample_lengths is not None:
+            count = sum(map(len, request.sample_lengths))
         if request.sample_keys is None:
             # Who saves and restores the generator's state goes on with these numbers.
             return torch.randint(2**62, (count,)).tolist()
