@@ -131,11 +131,10 @@ class _Share:
 def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
     inputs_of_rows = [example_row(join_samples(samples)) for samples in layout.samples]
     adapters = [batch.adapter.name for batch, _ in layout.flat]
-    is_packed = any(len(samples) > 1 for samples in layout.samples)
     adapters_of_labels = owners(inputs_of_rows, adapters)
     inputs = collate(inputs_of_rows, host.dtype, host.device, pad_id)
     lengths = None
-    if is_packed:
+    if any(len(samples) > 1 for samples in layout.samples):
         lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     output = host.hidden(
         inputs.input_ids,  # (B, L)
