@@ -1,5 +1,7 @@
 import errno
+import itertools
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -97,13 +99,15 @@ def test_files_have_the_users_rights_and_names_as_long_as_names_may_be(tmp_path)
     assert path.stat().st_mode == (tmp_path / "expected").stat().st_mode
 
 
-def test_several_writers_of_one_name_leave_what_one_of_them_wrote(tmp_path):
+@pytest.mark.parametrize("write", [write_text, write_directory])
+def test_several_writers_of_one_name_leave_what_one_of_them_wrote(tmp_path, write):
     errors: list[Exception] = []
 
     def write_often(text: str) -> None:
+        content = text if write is write_text else fill_with(text)
         try:
             for _ in range(20):
-                write_text(tmp_path / "shared", text)
+                write(tmp_path / "shared", content)
         except OSError as error:
             errors.append(error)
 
@@ -114,8 +118,31 @@ def test_several_writers_of_one_name_leave_what_one_of_them_wrote(tmp_path):
     for thread in threads:
         thread.join()
     assert errors == []
-    assert (tmp_path / "shared").read_text() in texts
+    file = tmp_path / "shared" if write is write_text else tmp_path / "shared/a.txt"
+    assert file.read_text() in texts
     assert os.listdir(tmp_path) == ["shared"]
+
+
+@pytest.mark.parametrize("interrupted", range(3))
+def test_a_replacement_that_is_interrupted_leaves_the_old_directory_or_the_new(
+    tmp_path, monkeypatch, interrupted
+):
+    write_directory(tmp_path / "a", fill_with("old"))
+    calls = itertools.count()
+
+    def interruptible(operation):
+        def interrupt_or_run(*arguments, **options):
+            if next(calls) == interrupted:
+                raise KeyboardInterrupt
+            return operation(*arguments, **options)
+
+        return interrupt_or_run
+
+    monkeypatch.setattr(os, "replace", interruptible(os.replace))
+    monkeypatch.setattr("shutil.rmtree", interruptible(shutil.rmtree))
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(tmp_path / "a", fill_with("new"))
+    assert (tmp_path / "a/a.txt").read_text() == ("new" if interrupted == 2 else "old")
 
 
 def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path):

@@ -20,6 +20,8 @@ from loraloom.errors import ConfigError
 _SUFFIX = ".writing"
 _NUM_CHARACTERS = 16
 _ASIDE = f".{_NUM_CHARACTERS * '?'}{_SUFFIX}"
+# Errors where a directory can't replace a file, or a directory with files.
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,15 +57,25 @@ def write_output(path: Path, text: str) -> None:
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a directory aside, sync it and put it in its place."""
-    # An old one is deleted before: what can't be made again, as checkpoints, goes to a new name.
+    """Fill a directory aside, sync it and put it in its place. Several processes may do so."""
+    # An old one is renamed before and deleted last, so a kill in between leaves none: what can't be
+    # made again, as checkpoints, goes to a new name.
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging(path.parent) as aside:
         fill(aside)
         for file in (*aside.rglob("*"), aside):
             sync(file)
-        remove(path)
-        os.replace(aside, path)
+        while aside.exists():
+            with _aside(path.parent) as old:
+                try:
+                    with suppress(FileNotFoundError):
+                        os.replace(path, old)
+                    os.replace(aside, path)
+                except BaseException as error:
+                    if os.path.lexists(old) and not os.path.lexists(path):
+                        os.replace(old, path)
+                    if getattr(error, "errno", None) not in _OCCUPIED:  # by a faster writer
+                        raise
     sync(path.parent)
 
 
