@@ -22,11 +22,6 @@ def count_devices(kind: str) -> int:
     return torch.get_device_module(kind).device_count()
 
 
-def select_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).set_device(device)
-
-
 def device_name(device: torch.device) -> str:
     module = torch.get_device_module(device)
     return module.get_device_name(device) if has_separate_memory(device) else ""

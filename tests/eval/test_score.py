@@ -224,7 +224,8 @@ def test_moe_peft_is_asked_for_every_label_of_the_task():
 def test_moe_peft_scores_the_last_token_of_a_label_after_the_prompt(tiny_tokenizer):
     host = scoring_host(configs={})
     asked = [with_all_labels(arc("Please choose:", "ABCD", 0))]
-    (score,) = scored(host, tiny_tokenizer, [None], asked, last_tokens=True)[None]
+    scorer = Scorer(host, tiny_tokenizer, [None], compat="moe-peft")
+    (score,) = score_questions(scorer, asked)[None]
     prompt = torch.tensor([tiny_tokenizer("Please choose:")["input_ids"]])
     log_probs = host(prompt).logits[0, -1].log_softmax(-1)
     last = [tiny_tokenizer(text)["input_ids"][-1] for text in asked[0].continuations]

@@ -4,8 +4,8 @@ from scipy import stats
 
 from loraloom.errors import DataError
 from loraloom.eval.statistics import (
-    compare_losses,
     compare_paired,
+    compare_ratios,
     holm,
     mcnemar_p_value,
     ratio_intervals,
@@ -133,7 +133,8 @@ def test_intervals_of_ratios_are_scipys(rows):
 
 def test_losses_are_compared_row_by_row(rows):
     first, second, lengths = (values.tolist() for values in rows)
-    found, mirrored = compare_losses(first, second, lengths), compare_losses(second, first, lengths)
+    found = compare_ratios(first, second, lengths, better=-1)
+    mirrored = compare_ratios(second, first, lengths, better=-1)
     assert found.difference == pytest.approx((sum(first) - sum(second)) / sum(lengths))
     assert found.interval[0] < found.difference < found.interval[1] < 0
     assert found.num_first_better == (rows[0] < rows[1]).sum()

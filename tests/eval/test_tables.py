@@ -8,7 +8,7 @@ from rich.table import Table
 
 from loraloom.eval.evaluation import summarise
 from loraloom.eval.results import Comparison, Evaluation
-from loraloom.eval.statistics import compare_losses
+from loraloom.eval.statistics import compare_ratios
 from tests.eval.scoring import toy_scores
 from tests.test_terminal import printed
 
@@ -75,7 +75,7 @@ def undecided():
     """Forty rows of losses that `mix` predicts a little better."""
     generator = random.Random(0)
     differences = [-generator.gauss(0.05, 0.3) for _ in range(40)]
-    paired = compare_losses(differences, [0.0] * 40, [1] * 40)
+    paired = compare_ratios(differences, [0.0] * 40, [1] * 40, better=-1)
     names = {"task": "toy", "metric": "loss", "first": "mix", "second": "base"}
     return Comparison(**vars(paired), **names, adjusted_p_value=paired.p_value)
 

@@ -9,7 +9,6 @@ from loraloom.config.data import PromptForm
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
 from loraloom.training.settings import JobConfig
-from loraloom.training.step.objectives import ObjectiveTerms
 from tests.tiny import METHODS, changed, randomise
 from tests.training.saved import save_inputs
 from tests.training.toy import toy_host, toy_tokenizer
@@ -57,7 +56,7 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     assert all(paces[1].order.window(step) for step in range(3))
     assert paces[1].order.epochs_after(1) == 0.0  # of a step that is undone
     held_out = build(config(rows, "e", data=data | {"validation_fraction": 0.5}))
-    held_out.objective = lambda *_: ObjectiveTerms(torch.tensor(1.5), {"loss": 9.0, "x": torch.nan})
+    held_out.objective = lambda *_: (torch.tensor(1.5), {"loss": 9.0, "x": torch.nan})
     assert builder.measure([held_out])["e"] == {"eval/loss": 1.5}
 
 

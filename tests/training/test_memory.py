@@ -11,7 +11,7 @@ from loraloom.ops import slot_pieces
 from loraloom.training.learner import Learner
 from loraloom.training.memory import kept_memory, longest_batch, peak_of_round, predict_memory
 from loraloom.training.settings import RunConfig, TrainConfig
-from loraloom.training.step.optimizers import state_bytes
+from loraloom.training.step.optimizers import count_trained, state_bytes
 from tests.conftest import build_tokenizer
 from tests.tiny import stored_weights, tiny_model
 
@@ -93,7 +93,7 @@ def test_an_optimizer_keeps_what_is_predicted(bases):
         kept_tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     assert kept.optimizer_bytes == pytest.approx(sum(t.nbytes for t in kept_tensors), rel=0.01)
     assert predict_memory(run).jobs == {"job0": kept}
-    assert kept.num_trained == learner.num_trained
+    assert kept.num_trained == count_trained(learner.config, learner.adapter)
 
 
 @pytest.mark.parametrize(("optimizer", "megabytes"), {"sgd": 0, "adamw_8bit": 2}.items())

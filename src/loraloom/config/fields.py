@@ -6,17 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from loraloom.errors import ConfigError, LoraloomError, shown
-
-if TYPE_CHECKING:
-    from pydantic import ValidationInfo as CheckInfo
-else:  # pydantic's protocol can't be tested for at run time, as tests do
-    CheckInfo = Any
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from typing_extensions import override
 
 from loraloom.config.data import Scoring
-from loraloom.config.fields import CheckInfo, StrictModel, checked
+from loraloom.config.fields import StrictModel, checked
 from loraloom.config.text import read_settings
 from loraloom.errors import ConfigError
 
@@ -93,7 +93,7 @@ class TaskConfig(StrictModel):
 
     @field_validator("template", mode="before")
     @classmethod
-    def _name_scoring(cls, template: Any, info: CheckInfo) -> Any:
+    def _name_scoring(cls, template: Any, info: Any) -> Any:
         is_text = isinstance(template, str) and template != ""
         return {info.data.get("scoring", "text"): template} if is_text else template
 

@@ -202,11 +202,8 @@ def load_question_sets(
     data: str | Path | None = None,
     limit: int | None = None,
 ) -> list[TaskSet]:
-    answer_sets: dict[str, AnswerSet] = {}
-    for task in tasks:
-        answers = load_answer_set(task, split, limit)
-        if answers is not None:
-            answer_sets[task] = answers
+    loaded = {task: load_answer_set(task, split, limit) for task in tasks}
+    answer_sets = {task: answers for task, answers in loaded.items() if answers is not None}
     without_split = [name for name, x in answer_sets.items() if x.details.get("split") is None]
     if split and without_split:
         raise ConfigError(
@@ -224,11 +221,9 @@ def load_question_sets(
                 f"data must be a directory with a subdirectory per task, got {data} without "
                 f"{', '.join(missing)}"
             )
-    sets = []
+    sets: list[TaskSet] = []
     for task in tasks:
-        if task in answer_sets:
-            sets.append(answer_sets[task])
-            continue
         path = None if reading and skills_lands(task) else data
-        sets.append(load_question_set(task, scoring, split, path, limit))
+        answers = answer_sets.get(task)
+        sets.append(answers or load_question_set(task, scoring, split, path, limit))
     return sets

@@ -7,7 +7,7 @@ sampling: {max_new_tokens: 64, stop: ["\n"]}
 
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -162,12 +162,13 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
 
 
 def score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
-    answers = {}
+    scores = Scores(data.task, data.details)
     sizes = [1] * len(data.rows) * len(scorer.adapters)
     with show_progress(scorer.console, data.task, sizes) as advance:
         for adapter in scorer.adapters:
-            answers[adapter or BASE] = _generate_answers(scorer, data, adapter, advance)
-    return _answer_scores(data, answers)
+            texts = _generate_answers(scorer, data, adapter, advance)
+            _add_scores(scores, data, adapter or BASE, texts)
+    return scores
 
 
 def _generate_answers(
@@ -206,28 +207,25 @@ def _generate_answers(
     return texts
 
 
-def _answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
+def _add_scores(scores: Scores, data: AnswerSet, adapter: str, texts: Sequence[str]) -> None:
     split = data.details["split"]
-    scores = Scores(data.task, data.details)
-    for adapter, texts in answers.items():
-        correct = []
-        for (index, prompt, reference), text in zip(data.rows, texts, strict=True):
-            correct.append(is_right(data.config.metric, text, reference))
-            line = {
-                "task": data.task,
-                "split": split,
-                "index": index,
-                "adapter": adapter,
-                "question": _question_text(prompt),
-                "reference": reference,
-                "answer": text,
-                "correct": correct[-1],
-            }
-            scores.lines.append(line)
-        scores.values[adapter] = correct
-        scores.results[adapter] = share_fields(correct)
-        scores.results[adapter] |= {"metric": data.config.metric, "split": split}
-    return scores
+    correct = []
+    for (index, prompt, reference), text in zip(data.rows, texts, strict=True):
+        correct.append(is_right(data.config.metric, text, reference))
+        line = {
+            "task": data.task,
+            "split": split,
+            "index": index,
+            "adapter": adapter,
+            "question": _question_text(prompt),
+            "reference": reference,
+            "answer": text,
+            "correct": correct[-1],
+        }
+        scores.lines.append(line)
+    scores.values[adapter] = correct
+    scores.results[adapter] = share_fields(correct)
+    scores.results[adapter] |= {"metric": data.config.metric, "split": split}
 
 
 def _question_text(prompt: Prompt) -> str:

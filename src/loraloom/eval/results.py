@@ -316,17 +316,13 @@ def _p_value_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def _better_first(comparison: Comparison) -> tuple[str, str]:
-    if (comparison.difference > 0) == (comparison.metric == "loss"):
-        return comparison.second, comparison.first
-    return comparison.first, comparison.second
-
-
 def _meaning(comparison: Comparison) -> str:
     """Say who is better, or that no difference was found."""
     task = comparison.task
     metric = comparison.metric
-    better, worse = _better_first(comparison)
+    better, worse = comparison.first, comparison.second
+    if (comparison.difference > 0) == (metric == "loss"):
+        better, worse = worse, better
     if comparison.difference == 0:
         return f"{task}: {better} and {worse} have the same {metric}."
     if _is_significant(comparison):

@@ -22,7 +22,7 @@ from loraloom.errors import ConfigError, not_finite
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.results import BASE, Fields, Metric, PairedComparison
 from loraloom.eval.routing import RoutingTally
-from loraloom.eval.statistics import Pair, compare_losses, compare_paired, seed_values, share_fields
+from loraloom.eval.statistics import Pair, compare_paired, compare_ratios, seed_values, share_fields
 from loraloom.generation import scoring
 from loraloom.generation.scoring import fit_pair
 from loraloom.host.host import Host
@@ -143,12 +143,10 @@ class QuestionScore:
 def score_questions(
     scorer: Scorer,
     questions: Sequence[ChoiceQuestion],
-    *,
-    last_tokens: bool = False,
     **observers: Any,
 ) -> dict[str | None, list[QuestionScore]]:
     """Score every choice with each adapter; see `Scorer.score`. Texts are split as in training."""
-    encode = _encode_last_tokens if last_tokens else _encode_choices
+    encode = _encode_choices if scorer.compat is None else _encode_last_tokens
     max_length = scorer.host.config.max_position_embeddings
     fitted: list[list[TokenPair]] = []
     truncated: list[bool] = []
@@ -252,7 +250,7 @@ class Scores:
         first_values = seed_values(self.values, first)
         second_values = seed_values(self.values, second)
         if self.num_tokens:
-            return compare_losses(first_values, second_values, self.num_tokens)
+            return compare_ratios(first_values, second_values, self.num_tokens, better=-1)
         return compare_paired(first_values, second_values)
 
 
@@ -265,13 +263,7 @@ def score_choices(data: QuestionSet, scorer: Scorer, tally: RoutingTally) -> Sco
     # characters that the model reads: different contexts once, and every continuation
     sizes = [sum(map(len, {*x.contexts, *x.continuations})) for x in questions]
     with show_progress(scorer.console, data.task, sizes) as advance:
-        scores = score_questions(
-            scorer,
-            questions,
-            last_tokens=scorer.compat is not None,
-            on_progress=advance,
-            on_routing=on_routing,
-        )
+        scores = score_questions(scorer, questions, on_progress=advance, on_routing=on_routing)
     origins = [f"in {data.task}, question {question.index}" for question in questions]
     for adapter, answers in scores.items():
         check_finite("scores", adapter, [answer.log_likelihoods for answer in answers], origins)

@@ -126,20 +126,14 @@ def compare_paired(first: Values, second: Values, seed: int = 0) -> PairedCompar
             "a paired comparison requires the same questions for both, at least one, got "
             f"{len(first)} and {len(second)}"
         )
-    return _compare(first, second, np.ones(len(first)), 1, seed)
+    return compare_ratios(first, second, np.ones(len(first)), 1, seed)
 
 
-def compare_losses(
-    first: Sequence[int | float], second: Sequence[int | float], num_tokens: Sequence[int]
-) -> PairedComparison:
-    """Compare the losses a token of two adapters on the same rows; they are ratios of sums."""
-    return _compare(first, second, np.asarray(num_tokens, dtype=np.float64), -1)
-
-
-def _compare(
-    first: Values, second: Values, lengths: np.ndarray, better: int, seed: int = 0
+def compare_ratios(
+    first: Values, second: Values, lengths: Values, better: int, seed: int = 0
 ) -> PairedComparison:
     """Compare ratios of sums; the sign `better` says which differences speak for the first."""
+    lengths = np.asarray(lengths, dtype=np.float64)
     both = np.asarray([first, second], dtype=np.float64)
     differences = both[0] - both[1]
     # a mean of seeds is rounded, which is no win

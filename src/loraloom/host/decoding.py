@@ -200,26 +200,26 @@ class Sessions:
             )
         request = ForwardRequest(input_ids=input_ids, adapters=adapters, mask=mask)
         session = Decoding(
-            adapters=self._forwards.choices.resolve(request),
+            adapters=self._forwards.choose_adapters(request),
             attention_mask=mask[:, :0],
             cache=make_cache(text_config(self._forwards.model)),
             prepared=prepared or PreparedWeights(),
         )
-        self._advance(session, input_ids, mask, record)
+        self.extend(session, input_ids, record, mask)
         return session
 
-    def extend(self, session: Decoding, input_ids: Tensor, record: Record | None) -> Tensor:
-        """Append tokens to each row of a session, [B, L]; return the next logits, [B, V]."""
-        added_mask = session.attention_mask.new_ones(input_ids.shape)
-        self._advance(session, input_ids, added_mask, record)
-        return session.logits
-
     @torch.no_grad()
-    def _advance(
-        self, session: Decoding, input_ids: Tensor, added_mask: Tensor, record: Record | None
-    ) -> None:
-        """Run tokens of a session; its logits become those after the last one of each row."""
+    def extend(
+        self,
+        session: Decoding,
+        input_ids: Tensor,
+        record: Record | None,
+        added_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Append tokens to each row of a session, [B, L]; return the next logits, [B, V]."""
         device = self._forwards.device
+        if added_mask is None:
+            added_mask = session.attention_mask.new_ones(input_ids.shape)
         mask = torch.cat([session.attention_mask, added_mask], dim=1)
         length = input_ids.shape[1]
         positions = mask.cumsum(1).sub(1).clamp_min(0)[:, -length:]
@@ -248,6 +248,7 @@ class Sessions:
             session.logits = self._heads.logits(last_states, session.adapters)
         session.attention_mask = mask
         session.hidden_states = out.last_hidden_state
+        return session.logits
 
 
 def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:

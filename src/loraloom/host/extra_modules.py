@@ -107,8 +107,12 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
     for path in (*paths, *parts.tied):
         module = model.get_submodule(path)
         table = parts.tied.get(path, path)
-        if is_linear(module):
-            _check_floating_point(path, module)
+        quantized = quantized_weight(module)
+        if quantized is not None:
+            raise AdapterError(
+                "a module that an adapter has as its own must be in floating point, got "
+                f"{path} in {quantized.kind}; load the base model without quantization"
+            )
         weights = {}
         for name, weight in module.named_parameters(recurse=False):
             weights[name] = gather(weight).detach()
@@ -127,12 +131,3 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
             path, tokens, rows, is_linear=is_linear(module), is_tied=path in parts.tied
         )
     return list(modules.values())
-
-
-def _check_floating_point(path: str, linear: nn.Module) -> None:
-    quantized = quantized_weight(linear)
-    if quantized is not None:
-        raise AdapterError(
-            "a module that an adapter has as its own must be in floating point, got "
-            f"{path} in {quantized.kind}; load the base model without quantization"
-        )

@@ -40,14 +40,6 @@ class _Product(NamedTuple):
     tokens: SegmentTokens
 
 
-class _SharedProducts(NamedTuple):
-    """Segments' products with one input, for the projections that read it."""
-
-    hidden_states: Tensor
-    key: tuple[Any, ...]
-    products: list[_Product | None]
-
-
 @dataclass(frozen=True)
 class ForwardContext:
     """One forward of a batch through the base model and its adapters."""
@@ -58,7 +50,10 @@ class ForwardContext:
     record: Record | None = None  # collects what routers do
     forms: ComputeForms = field(default_factory=ComputeForms)  # made anew, or of prepared weights
     stacked: StackedForward | None = None  # computes small steps of like adapters at once
-    _shared: dict[str, _SharedProducts] = field(default_factory=dict, repr=False)
+    # Segments' products with one input, and that input, for the projections that read it.
+    _shared: dict[tuple[Any, ...], tuple[Tensor, list[_Product | None]]] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def adapters(self) -> Iterator[Adapter]:
@@ -94,17 +89,14 @@ class ForwardContext:
     ) -> Sequence[tuple[Tensor | None, UpProjection | None]]:
         """Return what each segment's B multiplies, [T, S], and its B side; None: not adapted."""
         key = (site.block, site.group, dtype)
-        shared = self._shared.get("group")
-        if shared is None or shared.hidden_states is not hidden_states or shared.key != key:
-            products = [
-                self._product(site, segment, rows, dtype)
-                for segment, rows in zip(
-                    self.layout.segments, self.layout.split(hidden_states), strict=True
-                )
-            ]
-            shared = self._shared["group"] = _SharedProducts(hidden_states, key, products)
+        inputs, products = self._shared.get(key, (None, []))
+        if inputs is not hidden_states:
+            segments = zip(self.layout.segments, self.layout.split(hidden_states), strict=True)
+            products = [self._product(site, *segment, dtype) for segment in segments]
+            self._shared.clear()
+            self._shared[key] = (hidden_states, products)
         updates = []
-        for product in shared.products:
+        for product in products:
             side = None if product is None else product.group.projections.get(site.name)
             if product is None or side is None:
                 updates.append((None, None))

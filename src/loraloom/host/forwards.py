@@ -5,7 +5,7 @@ Axes: B batch (rows), L sequence (tokens of a row), D hidden, V vocabulary.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -63,12 +63,6 @@ class ForwardRequest:
         inputs = [self.model_inputs.get(name) for name in ("cache", "past_key_values")]
         return [cache for cache in inputs if cache is not None]
 
-    @property
-    def num_samples(self) -> int:
-        if self.sample_lengths is None:
-            return len(self.input_ids)
-        return sum(len(lengths) for lengths in self.sample_lengths)
-
 
 @dataclass(frozen=True)
 class HostOutput:
@@ -85,28 +79,12 @@ class HostOutput:
     routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
     samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, output: Any, forward: ForwardContext) -> "HostOutput":
-        return cls(
-            logits=output.get("logits"),
-            last_hidden_state=output.get("last_hidden_state"),
-            # The cache's field changed its name within transformers 5.
-            past_key_values=output.get("cache", output.get("past_key_values")),
-            loss=output.get("loss"),
-            routing=forward.joined_routing(),
-            samples=forward.samples(),
-        )
-
 
 class ThreadState(threading.local):
     """What a thread has set for its own forwards."""
 
     training: bool = False
     prepared: PreparedWeights | None = None
-
-    def using_prepared(self) -> AbstractContextManager[None]:
-        """Keep the weights that this thread's forwards prepare."""
-        return self.using(self.prepared or PreparedWeights())
 
     @contextmanager
     def using(self, prepared: PreparedWeights) -> Iterator[None]:
@@ -117,36 +95,6 @@ class ThreadState(threading.local):
             yield
         finally:
             self.prepared = outer
-
-
-class PromptChoices:
-    """Adapters that routers choose by a row's prompt, which are kept with the prompt's cache."""
-
-    def __init__(self, registry: AdapterRegistry, choose: Callable[..., Sequence[Choice]]):
-        self._registry = registry
-        self._choose = choose
-        # For each cache, the names of its rows' adapters, and which were chosen.
-        self._by_cache = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
-
-    def resolve(self, request: ForwardRequest) -> list[RowAdapter]:
-        """Name rows' adapters; those that are chosen by prompt, by the row's tokens."""
-        num_rows = len(request.input_ids)
-        rows = self._registry.rows(request.adapters, num_rows)  # a text is no list of names
-        names: list[RowAdapter] = [*(request.adapters or [None] * num_rows)]
-        if all(row is None or prompt_router_of(row[0]) is None for row in rows):
-            return names
-        caches = request.caches
-        is_continued = any(cache.get_seq_length() for cache in caches)
-        if caches and (is_continued or request.is_packed):
-            earlier_names, chosen = self._by_cache.get(caches[0], (None, []))
-            if earlier_names == names:
-                return chosen
-        if is_continued or request.is_packed:
-            raise _needs_prompts()
-        choices = self._choose(_prompts_of(request), names)
-        chosen: list[RowAdapter] = [choice.adapter for choice in choices]
-        self._by_cache.update(dict.fromkeys(caches, (names, chosen)))
-        return chosen
 
 
 def _prompts_of(request: ForwardRequest) -> list[list[int]]:
@@ -184,7 +132,9 @@ class Forwards:
     ):
         self.run_decoder = run_decoder  # the base model up to its final norm
         self.thread = ThreadState()
-        self.choices = PromptChoices(registry, choose)
+        self._choose = choose
+        # For each cache, the names of its rows' adapters, and which were chosen by their prompts.
+        self._chosen = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
         self._registry = registry
         self.model = registry.model
         self._lock = lock
@@ -211,11 +161,31 @@ class Forwards:
         with self._lock:
             self._registry.check_attached()
             if not request.training:
-                request = replace(request, adapters=self.choices.resolve(request))
+                request = replace(request, adapters=self.choose_adapters(request))
             model_inputs = self._without_cache(request)
             forward = self.open(request)
             with running(forward), recovering(self.model):
                 yield forward, model_inputs
+
+    def choose_adapters(self, request: ForwardRequest) -> list[RowAdapter]:
+        """Name rows' adapters; those that are chosen by prompt, by the row's tokens."""
+        num_rows = len(request.input_ids)
+        rows = self._registry.rows(request.adapters, num_rows)  # a text is no list of names
+        names: list[RowAdapter] = [*(request.adapters or [None] * num_rows)]
+        if all(row is None or prompt_router_of(row[0]) is None for row in rows):
+            return names
+        caches = request.caches
+        is_continued = any(cache.get_seq_length() for cache in caches)
+        if caches and (is_continued or request.is_packed):
+            earlier_names, chosen = self._chosen.get(caches[0], (None, []))
+            if earlier_names == names:
+                return chosen
+        if is_continued or request.is_packed:
+            raise _needs_prompts()
+        choices = self._choose(_prompts_of(request), names)
+        chosen: list[RowAdapter] = [choice.adapter for choice in choices]
+        self._chosen.update(dict.fromkeys(caches, (names, chosen)))
+        return chosen
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -244,7 +214,9 @@ class Forwards:
         self._check_not_compiled()
         keys = None
         if request.training:
-            self._check_trains(rows)
+            self._registry.check_unmerged("train")
+            for adapter, _ in filter(None, rows):
+                adapter.check_is_trained()
             keys = self._sample_keys(request)
         layout = make_layout(
             rows, length, request.mask, keys, self.device, sample_lengths=request.sample_lengths
@@ -270,16 +242,11 @@ class Forwards:
                 "updates of the base's outputs; remove torch.compile (torch_compile of Trainer)"
             )
 
-    def _check_trains(self, rows: ScaledRows) -> None:
-        self._registry.check_unmerged("train")
-        for row in rows:
-            if row is not None:
-                adapter, _ = row
-                adapter.check_is_trained()
-
     def _sample_keys(self, request: ForwardRequest) -> list[int]:
         """Return the samples' keys of random numbers; by default torch's generator draws them."""
-        count = request.num_samples
+        count = len(request.input_ids)
+        if request.sample_lengths is not None:
+            count = sum(map(len, request.sample_lengths))
         if request.sample_keys is None:
             # Who saves and restores the generator's state goes on with these numbers.
             return torch.randint(2**62, (count,)).tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,10 +285,8 @@ class Host:
             training: Whether this forward uses dropout and jitter.
             **model_inputs: Further inputs of the base model: `past_key_values`, `position_ids`, …
         """
-        request = ForwardRequest(
-            input_ids, adapters, attention_mask, model_inputs, sample_keys, **self._mode(training)
-        )
-        return self._run(self.model, request, attention_mask)
+        request = ForwardRequest(input_ids, adapters, attention_mask, model_inputs, sample_keys)
+        return self._run(self.model, request, attention_mask, training)
 
     def hidden(
         self,
@@ -319,27 +318,37 @@ class Host:
         elif is_padded_at_ends(attention_mask):
             attention_mask = None  # real tokens see no later ones, and attention is faster without
         model_inputs = {"use_cache": False, **model_inputs}
-        mode = self._mode(training)
         request = ForwardRequest(
-            input_ids, adapters, token_mask, model_inputs, sample_keys, sample_lengths, **mode
+            input_ids, adapters, token_mask, model_inputs, sample_keys, sample_lengths
         )
-        return self._run(self.forwards.run_decoder, request, attention_mask)
+        return self._run(self.forwards.run_decoder, request, attention_mask, training)
 
     def _run(
-        self, compute: Callable[..., Any], request: ForwardRequest, attention_mask: Tensor | None
+        self,
+        compute: Callable[..., Any],
+        request: ForwardRequest,
+        attention_mask: Tensor | None,
+        training: bool | None,
     ) -> HostOutput:
+        request = replace(
+            request,
+            training=self.training if training is None else training,
+            checkpointing=self.gradient_checkpointing,
+            record={},
+        )
         if attention_mask is not None:
             attention_mask = attention_mask.to(self.device)
         with self.forwards.run(request) as (forward, inputs):
             output = compute(input_ids=request.input_ids, attention_mask=attention_mask, **inputs)
-        return HostOutput.of(output, forward)
-
-    def _mode(self, training: bool | None) -> dict[str, Any]:
-        return {
-            "training": self.training if training is None else training,
-            "checkpointing": self.gradient_checkpointing,
-            "record": {},
-        }
+        return HostOutput(
+            logits=output.get("logits"),
+            last_hidden_state=output.get("last_hidden_state"),
+            # The cache's field changed its name within transformers 5.
+            past_key_values=output.get("cache", output.get("past_key_values")),
+            loss=output.get("loss"),
+            routing=forward.joined_routing(),
+            samples=forward.samples(),
+        )
 
     def auxiliary_loss(self, output: HostOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.
@@ -355,7 +364,8 @@ class Host:
 
         Do not change weights inside the context.
         """
-        return self.forwards.thread.using_prepared()
+        thread = self.forwards.thread
+        return thread.using(thread.prepared or PreparedWeights())
 
     def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.

@@ -92,10 +92,6 @@ class Segment:
     def num_tokens(self) -> int:
         return self.tokens.stop - self.tokens.start
 
-    @property
-    def num_rows(self) -> int:
-        return self.num_tokens // self.row_length
-
 
 def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
     """List the rows that an adapter's record is of, in the record's order."""
@@ -149,7 +145,7 @@ class Layout:
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, ...] into each segment's rows."""
         values = self._grouped(values)
-        return values.split([segment.num_rows for segment in self.segments])
+        return values.split([segment.num_tokens // segment.row_length for segment in self.segments])
 
     def join(self, by_segment: Sequence[Tensor], shape: torch.Size | None = None) -> Tensor:
         """Undo `split`, to a shape, or `split_rows`."""

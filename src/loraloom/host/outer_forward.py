@@ -39,7 +39,9 @@ class Rows:
 
 
 # Which rows this thread names, and for the forwards of which model.
-_named_rows: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
+_named_rows: ContextVar[tuple[object, Rows | None]] = ContextVar(
+    "loraloom_rows", default=(None, None)
+)
 
 
 class OuterForward:
@@ -70,7 +72,9 @@ class OuterForward:
             _named_rows.reset(token)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self._rows_of_thread()
+        model, rows = _named_rows.get()
+        if model is not self:
+            rows = self.default_rows()
         if rows is None or self._host.forwards.is_running:
             return self._call(*args, **kwargs)
         inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
@@ -80,12 +84,6 @@ class OuterForward:
             output = self._call(**model_inputs)
         loss = self._host.heads.auxiliary_loss(forward.joined_routing(), forward.samples())
         return _add_loss(output, loss, inputs, wants_loss=wants_loss)
-
-    def _rows_of_thread(self) -> Rows | None:
-        named = _named_rows.get()
-        if named is not None and named[0] is self:
-            return named[1]
-        return self.default_rows()
 
     def _request(self, rows: Rows, inputs: dict[str, Any]) -> ForwardRequest:
         """Describe a forward that another program makes with `inputs`, by name."""

@@ -9,7 +9,6 @@ a forward in two steps with a cache.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -130,13 +129,13 @@ class PackingTrial:
             )
         if implementation not in self._sound:
             with self._host.forwards.without_adapters():
-                _try_packing(self._host, self._host.forwards.run_decoder)
+                _try_packing(self._host)
             self._sound.add(implementation)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
+def _try_packing(host: Any) -> None:
     """Run a sample twice in one row of a host's base model; both must be as if they were alone.
 
     The second one's states must equal the first one's, whatever precedes it, and their gradient for
@@ -155,7 +154,7 @@ def _try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
 
     hook = host.model.get_input_embeddings().register_forward_hook(keep)
     try:
-        output = run_decoder(
+        output = host.forwards.run_decoder(
             input_ids=sample.repeat(1, 2).to(host.device),
             position_ids=positions.repeat(1, 2).to(host.device),
             use_cache=False,

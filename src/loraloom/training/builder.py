@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class JobData:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._sets: dict[str, tuple[TrainingSet | StreamedSet, PromptForm]] = {}
-        self._questions: dict[str, list[ChoiceQuestion]] = {}
+        self.questions = cache(_load_questions)
 
     def training_set(self, config: JobConfig) -> tuple[TrainingSet | StreamedSet, PromptForm]:
         """Return a job's training set, and the form in which its data writes prompts."""
@@ -56,18 +57,16 @@ class JobData:
                 self._sets.pop(next(iter(self._sets)))  # the oldest
         return self._sets[key]
 
-    def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:
-        key = repr(config)
-        if key not in self._questions:
-            question_set = load_question_set(
-                config.task, config.scoring, config.split, config.path, config.limit
-            )
-            self._questions[key] = question_set.questions
-        return self._questions[key]
-
     def forget(self) -> None:
         self._sets.clear()
-        self._questions.clear()
+        self.questions.cache_clear()
+
+
+def _load_questions(config: EvaluationConfig) -> list[ChoiceQuestion]:
+    question_set = load_question_set(
+        config.task, config.scoring, config.split, config.path, config.limit
+    )
+    return question_set.questions
 
 
 def check_data(run: RunConfig) -> None:
@@ -157,11 +156,12 @@ class JobBuilder:
         for job in jobs:
             of_job = torch.cat([next(log_probs) for _ in rows[job.name]])
             scored = objectives.scored_samples(of_job, rows[job.name], job.reference)
-            terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
+            totals = objectives.count_totals(job.training_set.validation)
+            loss, metrics_of_job = job.objective(scored, totals)
             # What isn't finite is left out, as in a step's line, but for these two.
             always_told = ("eval/loss", job.selection.metric)
-            others = {name: value for name, value in terms.metrics.items() if name != "loss"}
-            for name, value in {"loss": terms.loss, **others}.items():
+            others = {name: value for name, value in metrics_of_job.items() if name != "loss"}
+            for name, value in {"loss": loss, **others}.items():
                 if f"eval/{name}" in always_told or math.isfinite(value):
                     metrics[job.name][f"eval/{name}"] = float(value)
 

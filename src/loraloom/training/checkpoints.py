@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,13 @@ class Checkpoint:
     sweep_bytes: int = 0  # length of a sweep's journal
     max_tokens: int | None = None  # of a forward, where memory ran out; see `RoundRunner`
     max_alone: int | None = None
-    files: dict[str, Path] = field(default_factory=dict)  # of the jobs, where it was read
+    directory: Path | None = None  # where it was read
     __pydantic_config__ = _CHECKED
 
     def load_state(self, job: str) -> dict[str, Any] | None:
-        if self.jobs[job].sha256 is None:
+        if self.jobs[job].sha256 is None or self.directory is None:
             return None
-        return torch.load(self.files[job], weights_only=True, map_location="cpu")
+        return torch.load(self.directory / f"{job}.pt", weights_only=True, map_location="cpu")
 
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
@@ -80,7 +80,7 @@ class CheckpointStore:
     ) -> None:
         def fill(aside: Path) -> None:
             body = asdict(checkpoint)
-            del body["files"]
+            del body["directory"]
             for name, state in states.items():
                 torch.save(state, aside / f"{name}.pt")
                 body["jobs"][name]["sha256"] = sha256(aside / f"{name}.pt")
@@ -125,12 +125,12 @@ def _read(directory: Path) -> Checkpoint:
     body = read_json(directory / MANIFEST)
     if not isinstance(body, dict) or body.pop("checksum", None) != _json_hash(body):
         raise ValueError(f"{MANIFEST} was changed")
-    checkpoint = _CHECKPOINT.validate_python({**body, "files": {}})
-    files = {name: directory / f"{check_name(name)}.pt" for name in checkpoint.jobs}
+    checkpoint = _CHECKPOINT.validate_python({**body, "directory": directory})
     for name, record in checkpoint.jobs.items():
-        if record.sha256 is not None and sha256(files[name]) != record.sha256:
+        path = directory / f"{check_name(name)}.pt"
+        if record.sha256 is not None and sha256(path) != record.sha256:
             raise ValueError(f"{name}.pt was changed or is not whole")
-    return replace(checkpoint, files=files)
+    return checkpoint
 
 
 def _json_hash(value: Any) -> str:

@@ -381,7 +381,7 @@ def _micro_batches(host: Host, request: Request, log_probs: list[Tensor]) -> lis
 
     def recorded(
         scored: objectives.ScoredSamples, totals: objectives.StepTotals
-    ) -> objectives.ObjectiveTerms:
+    ) -> objectives.Terms:
         log_probs.extend(values.detach().cpu() for values in scored.by_sample)
         return objective(scored, totals)
 

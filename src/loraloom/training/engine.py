@@ -28,7 +28,7 @@ from loraloom.training.reporting import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig, TrackerName
-from loraloom.training.step import batch, fused, objectives
+from loraloom.training.step import batch, fused, objectives, optimizers
 
 _log = logging.getLogger(__name__)
 
@@ -334,7 +334,7 @@ class Engine:
             stop_reason=stop_reason and plain(stop_reason),
             method=job.config.adapter.title,
             base_model=self.host.base.name_or_path,
-            num_parameters=job.learner.num_trained,
+            num_parameters=optimizers.count_trained(job.config.train, job.adapter),
             steps=position.step,
             epochs=round(job.order.epochs_after(position.step), 4),
             tokens=position.tokens,

@@ -54,10 +54,6 @@ class Learner:
         self.optimizer = optimizers.build_optimizer(config, adapter)
 
     @property
-    def num_trained(self) -> int:
-        return optimizers.count_trained(self.config, self.adapter)
-
-    @property
     def learning_rate(self) -> float:
         """The learning rate without the ratios of groups, such as LoRA+'s."""
         group = self.optimizer.param_groups[0]

@@ -215,8 +215,6 @@ class Reporter:
                 self.end(name)
 
     def add(self, job: Job) -> None:
-        if job.name in self._trackers:  # it joined before the run began
-            return
         directory, config = self._directory.job(job.name), job.config.model_dump(mode="json")
         trackers = self._trackers[job.name] = []
         for name in dict.fromkeys(self._tracker_names):

@@ -85,8 +85,11 @@ def train(
         progress = Progress(notebook_console() if launch.rank == 0 else None)
     if ray is not None:
         excluded = {"--watch": watch, "base": base, "between_steps": between_steps}
-        excluded["torchrun"] = launch if launch.size > 1 else None
-        _check_ray_options(excluded)
+        names = [name for name, value in excluded.items() if value is not None]
+        if launch.size > 1:
+            names.append("torchrun")
+        if names:
+            raise ConfigError(f"--ray and {', '.join(names)} exclude each other; remove --ray")
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
@@ -110,17 +113,14 @@ def train(
             )
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
-        base = stack.enter_context(_opened_base(run, base, device, launch))
+        is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
+        ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
+        base = base or load_host(run, {}, device=device, sharded=is_sharded)
+        stack.enter_context(_borrowed(base[0], ranks))
         engine, checkpoint = set_up(
             run, run.first_jobs, base, directory, progress, command, resume=resume
         )
         return _run_engine(run, engine, checkpoint, progress, between_steps, watch)
-
-
-def _check_ray_options(excluded: Mapping[str, Any]) -> None:
-    names = [name for name, value in excluded.items() if value is not None]
-    if names:
-        raise ConfigError(f"--ray and {', '.join(names)} exclude each other; remove --ray")
 
 
 def _run_engine(
@@ -233,7 +233,8 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
         yield Alone()
         return
     backend = devices.RANK_BACKENDS[torch.device(device).type]
-    devices.select_device(torch.device(device))
+    if device != "cpu":
+        torch.accelerator.set_device_index(device)
     # A process group that is there is used, and left as it is.
     is_ours = not dist.is_initialized()
     if is_ours:
@@ -245,15 +246,6 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     finally:
         if is_ours:
             dist.destroy_process_group()
-
-
-@contextmanager
-def _opened_base(run: RunConfig, base: Base | None, device: str, launch: Launch) -> Iterator[Base]:
-    is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
-    with joined_ranks(device, launch, in_lockstep=is_sharded) as ranks:
-        base = base or load_host(run, {}, device=device, sharded=is_sharded)
-        with _borrowed(base[0], ranks):
-            yield base
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 A field's docstring is its help text. Names are transformers' and trl's. A step is the optimizer's.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
@@ -214,11 +213,6 @@ class TrainConfig(OptimizerConfig):
             )
         if self.early_stopping is not None and self.eval_steps is None:
             yield "early_stopping requires eval_steps; set train.eval_steps"
-
-    def warmup_steps_of(self, num_training_steps: int) -> int:
-        if self.warmup_ratio is not None:
-            return math.ceil(num_training_steps * self.warmup_ratio)  # as transformers does
-        return self.warmup_steps or 0
 
 
 class EvaluationConfig(StrictModel):

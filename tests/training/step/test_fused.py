@@ -7,7 +7,6 @@ from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.host.host import Host
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss
-from loraloom.training.step.objectives import ObjectiveTerms
 from tests.tiny import METHODS, relative_error
 from tests.training.toy import (
     ADAPTERS,
@@ -94,7 +93,7 @@ def test_a_loss_that_is_not_finite_changes_no_gradient_of_other_jobs(method):
         hit = add_job(host, toy_config("hit", ADAPTERS[method]), random=True)
         well = add_job(host, toy_config("well", ADAPTERS[method]), random=True)
         # With infinity, what goes back through the rows of that job is NaN.
-        hit.objective = lambda scored, _, f=factor: ObjectiveTerms((scored.log_probs * f).sum())
+        hit.objective = lambda scored, _, f=factor: ((scored.log_probs * f).sum(), {})
         losses = forward_backward(host, [hit.micro_batch(), well.micro_batch()], PAD_ID)
         assert [math.isfinite(loss.loss) for loss in losses] == [factor == 1, True]
         gradients.append(gradients_of(well))

@@ -25,14 +25,14 @@ def scored() -> ScoredSamples:
 )
 def test_shares_of_micro_batches_add_up(config):
     objective = build_objective(config)
-    whole = objective(scored(), WHOLE)
-    parts = [
-        objective(ScoredSamples(LOG_PROBS[:3], NUM_LABELS[:2], REFERENCES[:2]), WHOLE),
-        objective(ScoredSamples(LOG_PROBS[3:], NUM_LABELS[2:], REFERENCES[2:]), WHOLE),
-    ]
-    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
-    for name, value in whole.metrics.items():
-        torch.testing.assert_close(parts[0].metrics[name] + parts[1].metrics[name], value)
+    whole_loss, whole_metrics = objective(scored(), WHOLE)
+    first = ScoredSamples(LOG_PROBS[:3], NUM_LABELS[:2], REFERENCES[:2])
+    second = ScoredSamples(LOG_PROBS[3:], NUM_LABELS[2:], REFERENCES[2:])
+    first_loss, first_metrics = objective(first, WHOLE)
+    second_loss, second_metrics = objective(second, WHOLE)
+    torch.testing.assert_close(first_loss + second_loss, whole_loss)
+    for name, value in whole_metrics.items():
+        torch.testing.assert_close(first_metrics[name] + second_metrics[name], value)
 
 
 def test_an_answer_without_labels_has_log_probability_zero():
@@ -68,9 +68,9 @@ def test_a_registered_objective_is_one_of_run_files(methods_as_before):
     train = run.jobs[0].train
     assert isinstance(train.objective, FocalConfig)
     assert not train.objective.learns_from_pairs
-    terms = build_objective(train.objective)(scored(), WHOLE)
-    torch.testing.assert_close(terms.loss, -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7)
-    assert terms.metrics.keys() == {"weight"}
+    loss, metrics = build_objective(train.objective)(scored(), WHOLE)
+    torch.testing.assert_close(loss, -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7)
+    assert metrics.keys() == {"weight"}
     again = type("FocalConfig", (FocalConfig,), {"__doc__": "New.", "__module__": __name__})
     loraloom.register_objective(again)  # a notebook's cell that runs once more
     assert type(RunConfig.model_validate(run_settings("focal")).jobs[0].train.objective) is again

@@ -131,17 +131,14 @@ class _Share:
 def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
     inputs_of_rows = [example_row(join_samples(samples)) for samples in layout.samples]
     adapters = [batch.adapter.name for batch, _ in layout.flat]
-    is_packed = any(len(samples) > 1 for samples in layout.samples)
     adapters_of_labels = owners(inputs_of_rows, adapters)
     inputs = collate(inputs_of_rows, host.dtype, host.device, pad_id)
-    attention_mask: Tensor | None = inputs.attention_mask
     lengths = None
-    if is_packed:
-        attention_mask = None
+    if any(len(samples) > 1 for samples in layout.samples):
         lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     output = host.hidden(
         inputs.input_ids,  # (B, L)
-        attention_mask,
+        inputs.attention_mask,
         adapters=adapters,
         sample_keys=[batch.sample_keys[index] for batch, row in layout.flat for index in row],
         sample_lengths=lengths,
@@ -167,10 +164,9 @@ def _share(
     computed_tokens: int,
 ) -> _Share:
     scored = scored_samples(-token_losses, batch.examples, batch.reference)
-    terms = batch.objective(scored, batch.window.totals)
-    loss = terms.loss
+    loss, metrics = batch.objective(scored, batch.window.totals)
     # Metrics of registered objectives may be plain numbers.
-    metrics = {name: torch.as_tensor(value).to(loss) for name, value in terms.metrics.items()}
+    metrics = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
     in_rows = [batch.examples[index] for row in rows for index in row]
     samples = [SampleTokens(len(sample.input_ids), sample.expert_group) for sample in in_rows]
     if not batch.counts:

@@ -62,23 +62,17 @@ class ScoredSamples:
         return self.log_probs.new_tensor([max(count, 1) for count in self.num_labels])
 
 
-@dataclass(frozen=True)
-class ObjectiveTerms:
-    """A micro-batch's share of its step's loss and of metrics, by their names in metrics.jsonl."""
-
-    loss: Tensor
-    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
-
-
+# A micro-batch's share of its step's loss, and of metrics by their names in metrics.jsonl.
+Terms = tuple[Tensor, Mapping[str, float | Tensor]]
 # A loss whose shares add up: it does not depend on how a step is cut into micro-batches.
-Objective = Callable[[ScoredSamples, StepTotals], ObjectiveTerms]
+Objective = Callable[[ScoredSamples, StepTotals], Terms]
 
 
-def sft(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-    return ObjectiveTerms(-scored.log_probs.sum() / max(totals.num_labels, 1))
+def sft(scored: ScoredSamples, totals: StepTotals) -> Terms:
+    return -scored.log_probs.sum() / max(totals.num_labels, 1), {}
 
 
-def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> Terms:
     """The mean over pairs of a loss of Δ = log(π/π_ref)(chosen) - log(π/π_ref)(rejected).
 
     sigmoid: `-log σ(βΔ)`, smoothed (Rafailov et al. 2023, arXiv:2305.18290, eq. 7). ipo:
@@ -94,10 +88,10 @@ def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
         chosen, rejected = _split_pairs(log_ratios)
         losses = _sigmoid_losses(config.beta * (chosen - rejected), config.label_smoothing)
     metrics = _pair_metrics(config.beta * log_ratios, scored, totals.num_examples)
-    return ObjectiveTerms(losses.sum() / totals.num_examples, metrics)
+    return losses.sum() / totals.num_examples, metrics
 
 
-def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Terms:
     """The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL."""
     # sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`, as in trl 1.16 `CPOTrainer`.
     # NLL is of all the step's chosen labels. Source: Xu et al. 2024, arXiv:2401.08417, eq. 5.
@@ -110,18 +104,12 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
     nll = -chosen.sum() / max(totals.num_chosen_labels, 1)
     loss = losses.sum() / totals.num_examples + config.cpo_alpha * nll
     metrics = _pair_metrics(config.beta * scored.sums, scored, totals.num_examples)
-    return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
-
-
-def _registered_terms(
-    config: ObjectiveConfig, scored: ScoredSamples, totals: StepTotals
-) -> ObjectiveTerms:
-    return ObjectiveTerms(*config.terms(scored, totals))
+    return loss, {**metrics, "nll_loss": nll.detach()}
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     if type(config).terms is not ObjectiveConfig.terms:
-        return partial(_registered_terms, config)
+        return config.terms
     match config:
         case DpoConfig():
             return partial(dpo, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -176,11 +177,14 @@ def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def build_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    num_warmup_steps = config.warmup_steps or 0
+    if config.warmup_ratio is not None:
+        num_warmup_steps = math.ceil(total_steps * config.warmup_ratio)  # as transformers does
     with _raised_as_config_error(config, "lr_scheduler"):
         return transformers.get_scheduler(
             config.lr_scheduler,
             optimizer,
-            num_warmup_steps=config.warmup_steps_of(total_steps),
+            num_warmup_steps=num_warmup_steps,
             num_training_steps=total_steps,
             scheduler_specific_kwargs=dict(config.lr_scheduler_args),
         )
