@@ -138,7 +138,10 @@ def test_peft_reads_a_lora_on_experts_that_was_trained_with_dropout(tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("experts", "support DoRA on experts; write a merged"), ("moe", "updates next to a block")],
+    [
+        ("experts", "on experts, does not load DoRA; write"),
+        ("moe", "updates next to a block"),
+    ],
 )
 def test_peft_is_not_given_what_it_lacks_in_moe_bases(target, message, tmp_path):
     config = LoraConfig(rank=2, weight_decomposition=target == "experts", target_modules=target)

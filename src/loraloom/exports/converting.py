@@ -13,11 +13,10 @@ from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
-from loraloom.adapters.lora import LoraConfig, with_all_experts
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, ModelError, shown
-from loraloom.formats.engines import engine_files
+from loraloom.formats.engines import as_peft_holds, engine_files
 from loraloom.formats.fields import TABLES
 from loraloom.formats.files import fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import StoredAdapter, render
@@ -62,8 +61,7 @@ def convert(
     config, tensors, base, prompt = _read(source, settings, host)
     path = Path(os.path.expanduser(destination))
     if to == "peft":
-        config = _as_peft_holds(config, base)
-        config, tensors = with_all_experts(config, tensors, base.layers_without_weights())
+        config, tensors = as_peft_holds(config, tensors, base)
     if to == "vllm" or to == "sglang":
         files = engine_files(config, tensors, base, to)
     else:
@@ -79,33 +77,6 @@ def convert(
         files = replace(files, config=fields, metadata={})
     write_new(path, files, model_card(config, base, prompt=prompt), pickled=to == "reference")
     return config
-
-
-def _as_peft_holds(config: AdapterConfig, base: BaseInfo) -> AdapterConfig:
-    """Raise an AdapterError if PEFT 0.21 has no such adapter.
-
-    Of LoRAs on experts it refuses the dropout, which the result has no longer.
-    """
-    if config.layout != "peft":
-        raise AdapterError(
-            f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
-            "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
-        )
-    adapted = config.adapted(base.layers_without_weights())
-    beside = [projection.key for projection in adapted if not projection.has_weight]
-    if beside:
-        raise AdapterError(
-            f"PEFT does not support updates next to a block, got one at {beside[0]}; serve the "
-            "adapter with `loraloom serve`"
-        )
-    if all(projection.num_experts is None for projection in adapted):
-        return config
-    if isinstance(config, LoraConfig) and config.weight_decomposition:
-        raise AdapterError(
-            f"PEFT does not support {config.title} on experts; write a merged model with "
-            "`loraloom export --to merged`"
-        )
-    return config.model_copy(update={"dropout": 0.0})
 
 
 def _check_reference_holds(config: AdapterConfig) -> None:

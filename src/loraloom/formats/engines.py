@@ -61,6 +61,7 @@ def engine_files(
     layers = base.layers_without_weights()
     adapted = lora.adapted(layers)
     has_stacks = any(projection.num_experts is not None for projection in adapted)
+    _check_not_beside(adapted, title)
     _check_projections(adapted, title)
     lora, tensors = with_all_experts(lora, tensors, layers)
     plain, tensors = _folded(lora, tensors, [projection.key for projection in adapted])
@@ -93,13 +94,39 @@ def _check_method(config: AdapterConfig, title: str) -> LoraConfig:
     return config
 
 
-def _check_projections(adapted: list[BaseProjection], title: str) -> None:
+def as_peft_holds(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Return what PEFT has of an adapter: all of it, but for the dropout of experts.
+
+    Raises:
+        AdapterError: If PEFT 0.21 has no such adapter.
+    """
+    if config.layout != "peft":
+        raise AdapterError(
+            f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
+            "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
+        )
+    layers = base.layers_without_weights()
+    adapted = config.adapted(layers)
+    _check_not_beside(adapted, "PEFT")
+    config, tensors = with_all_experts(config, tensors, layers)
+    if any(projection.num_experts is not None for projection in adapted):
+        _check_method(config, "PEFT, on experts,")
+        config = config.model_copy(update={"dropout": 0.0})
+    return config, tensors
+
+
+def _check_not_beside(adapted: list[BaseProjection], title: str) -> None:
     blocks = [projection.key for projection in adapted if not projection.has_weight]
     if blocks:
         raise AdapterError(
             f"{title} has no updates next to a block, got one at {blocks[0]}; serve the adapter "
             "with `loraloom serve`"
         )
+
+
+def _check_projections(adapted: list[BaseProjection], title: str) -> None:
     by_block: dict[str, set[str]] = {}
     for projection in adapted:
         if projection.num_experts is not None:
