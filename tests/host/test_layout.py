@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 import loraloom
 from loraloom.base.families import FAMILIES
@@ -96,8 +98,35 @@ def test_packing_is_tried_where_no_gradients_are_kept():
         host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])
 
 
-def test_attention_without_masks_is_refused():
+@pytest.fixture
+def named_attention(monkeypatch):
+    """Have SDPA under another name, with its masks or without."""
+    attend = AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "masked", attend)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "unmasked", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "masked", sdpa_mask)
+
+
+def test_attention_of_any_name_that_computes_as_eager_is_accepted(named_attention):
+    model = tiny_model("llama", torch.float32)
+    model.set_attn_implementation("masked")
+    host = loraloom.attach(model)
+    host.packing.check()
+    assert model.config._attn_implementation == "masked"
+
+
+def test_attention_that_sees_padding_is_refused(named_attention):
+    model = tiny_model("llama", torch.float32)
+    model.set_attn_implementation("unmasked")
+    with pytest.raises(ModelError, match=r"attention by unmasked must equal .* within 1e-05"):
+        loraloom.attach(model)
+    assert model.config._attn_implementation == "unmasked"
+    model.set_attn_implementation("sdpa")
+    loraloom.attach(model)  # it was left as it was
+
+
+def test_packing_is_refused_if_attention_takes_no_mask(named_attention):
     host = tiny_host()
-    host.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ModelError, match=r"sdpa or eager, got 'flash_attention_2'; choose one"):
+    host.model.set_attn_implementation("unmasked")
+    with pytest.raises(ModelError, match=r"\(attn_implementation unmasked\) they do"):
         host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])

@@ -13,7 +13,15 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 # by bitsandbytes (QLoRA's NF4 or FP4, with scales in 8 bits, or LLM.int8), or torchao, weights only
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
-AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
+# All but the first two are compared with eager when a host is made.
+AttnImplementation = Literal[
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+]
 
 
 def check_device(device: str) -> str:

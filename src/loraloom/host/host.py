@@ -39,7 +39,7 @@ from loraloom.host.layout import (
 from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows
 from loraloom.host.prepared_weights import PreparedWeights, Record
 from loraloom.host.registry import AdapterRegistry, describe
-from loraloom.host.trial import PackingTrial, try_adapters
+from loraloom.host.trial import PackingTrial, try_adapters, try_attention
 
 
 def attach(model: nn.Module) -> Host:
@@ -88,12 +88,13 @@ class Host:
         self.outer_forward = OuterForward(self, model)
         undo.callback(vars(model).pop, "_call_impl")
         self.packing = PackingTrial(self)
-        if self.base.model_type not in FAMILIES:
-            try:
+        try:
+            try_attention(self)
+            if self.base.model_type not in FAMILIES:
                 try_adapters(self)
-            except BaseException:  # leaves a model as it was that adapters can't be added to
-                self.detach()
-                raise
+        except BaseException:  # leaves a model as it was that adapters can't be added to
+            self.detach()
+            raise
 
     def __repr__(self) -> str:
         adapters = [describe(adapter) for adapter in self.adapters.values()]
