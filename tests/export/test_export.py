@@ -92,7 +92,7 @@ def test_sums_and_experts_are_exported_as_plain_adapters_are(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_a_merged_mixture_of_experts_has_its_checkpoints_names(tmp_path, family):
-    host = host_of(family, {"a": LoraConfig(rank=2, target_modules="attention")})
+    host = host_of(family, {"a": LoraConfig(rank=2, target_modules=("attention", "experts"))})
     done = exported(host, "a", tmp_path / "out")
     host.model.save_pretrained(tmp_path / "theirs")
     ours = load_file(done.path / "model.safetensors")
