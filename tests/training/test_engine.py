@@ -68,15 +68,9 @@ def test_eight_adapters_on_experts_learn_together_what_each_learns_alone(
 def test_a_job_may_be_measured_before_its_first_step(tmp_path, eval_on_start):
     data = {"task": "skills", "validation_fraction": 0.5}
     config = toy_config("a", data=data, max_steps=2, eval_on_start=eval_on_start)
-    toy_engine(tmp_path, [config], {"a": held_out_set()}).run()
+    toy_engine(tmp_path, [config], {"a": toy_set(count=4, num_validation=3)}).run()
     steps = [line["step"] for line in read_metrics(tmp_path / "a") if "eval/loss" in line]
     assert steps == ([0, 2] if eval_on_start else [2])
-
-
-def held_out_set():
-    training_set = toy_set(count=4)
-    training_set.validation.extend(toy_set(count=3, seed=1).examples)
-    return training_set
 
 
 def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatch):
