@@ -196,6 +196,32 @@ ALL_METHODS: dict[str, AdapterConfig] = METHODS | {
 }
 """The methods that work on each projection in their own way as well."""
 
+_EXPERTS_ALONE: dict[str, Any] = {"alpha": 6, "target_modules": ("experts",)}
+_WITH_ATTENTION: dict[str, Any] = {"alpha": 6, "target_modules": ("attention", "experts")}
+ON_EXPERTS: dict[str, LoraConfig] = {
+    "lora": LoraConfig(rank=3, expert_rank=3, **_EXPERTS_ALONE),
+    "rslora": LoraConfig(rank=4, rank_stabilized=True, **_WITH_ATTENTION),
+    "dora": LoraConfig(rank=2, weight_decomposition=True, **_EXPERTS_ALONE),
+    "shared": LoraConfig(rank=6, shared_outer=True, **_EXPERTS_ALONE),
+    "shared-dora": LoraConfig(
+        rank=4, shared_outer=True, weight_decomposition=True, **_EXPERTS_ALONE
+    ),
+    "some": LoraConfig(rank=4, base_experts={0: (2, 0), 1: (1,)}, dropout=0.3, **_EXPERTS_ALONE),
+    "some-dora": LoraConfig(
+        rank=4,
+        base_experts=(1, 3),
+        shared_outer=True,
+        weight_decomposition=True,
+        **_WITH_ATTENTION,
+    ),
+    "mixlora": MixLoraConfig(rank=2, num_experts=3, top_k=2, dropout=0.2, **_WITH_ATTENTION),
+    "mixdora": MixLoraConfig(
+        rank=2, num_experts=3, top_k=2, weight_decomposition=True, **_EXPERTS_ALONE
+    ),
+    "beside": LoraConfig(rank=3, alpha=6, dropout=0.2, target_modules=("attention", "moe")),
+}
+"""Adapters on the experts of a base model that is a mixture of them, and one beside its block."""
+
 
 def changed(config: AdapterConfig, **settings: Any) -> AdapterConfig:
     """Make a configuration with other settings; unlike `model_copy` it checks them."""

@@ -22,12 +22,15 @@ from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
 from tests.blocks import names_of, shapes_of
 from tests.tiny import (
+    ALL_FAMILIES,
     ALL_METHODS,
     METHODS,
+    PADS_RIGHT_ONLY,
     VOCAB_SIZE,
     changed,
     padded_mask,
     parameter_grads,
+    relative_error,
     tiny_host,
     tiny_ids,
 )
@@ -156,17 +159,23 @@ def test_a_saved_adapter_is_described_and_read_back_as_it_was(tmp_path, method, 
     assert torch.equal(*logits)
 
 
-@each_side
-@each_family
+@pytest.mark.parametrize(
+    ("family", "side"),
+    [
+        (family, "left" if place % 2 and family not in PADS_RIGHT_ONLY else "right")
+        for place, family in enumerate(ALL_FAMILIES)
+    ],
+)
 def test_a_row_of_a_mixed_batch_gets_what_it_gets_alone(family, side):
     host, mask = tiny_host(family, ALL_METHODS), padded_mask(LENGTHS, side)
     ids = placed(tiny_ids(len(NAMES)), mask)
+    tolerance = 1e-5 if family == "gemma2" else 1e-9  # its softmax is float32's
     with torch.no_grad():
         together = host(ids, mask, NAMES, position_ids=positions(mask))
         for row, name in enumerate(NAMES):
             real = mask[row].bool()
             alone = host(ids[row : row + 1, real], adapters=[name])
-            assert_close(together.logits[row, real], alone.logits[0])
+            assert relative_error(together.logits[row, real], alone.logits[0]) < tolerance, name
     routed = {name for name, config in ALL_METHODS.items() if config.experts_per_router}
     assert together.routing.keys() == routed >= {"mola", "mixlora", "mixdora", "hydralora"}
 

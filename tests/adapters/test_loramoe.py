@@ -11,7 +11,7 @@ from loraloom.data.tokens import Example
 from loraloom.training.client import Request, run_requests
 from loraloom.training.settings import SftConfig
 from tests.adapters.plain import MASK, compare, sum_experts
-from tests.tiny import changed, tiny_host, tiny_ids
+from tests.tiny import changed, tiny_host
 
 CONFIG = LoraMoeConfig(rank=2, alpha=5, num_experts=3, balance_coef=2.0, balance_delta=0.3)
 
@@ -68,15 +68,10 @@ def test_the_constraint_is_the_papers_for_samples_of_two_groups(delta):
     torch.testing.assert_close(actual, constraint(weights, samples, delta))
 
 
-def test_weight_decomposition_is_of_attention_alone(tmp_path):
-    host, ids = tiny_host(configs={"a": changed(CONFIG, weight_decomposition=True)}), tiny_ids(2)
+def test_weight_decomposition_is_of_attention_alone():
+    host = tiny_host(configs={"a": changed(CONFIG, weight_decomposition=True)})
     magnitudes = [name for name in host.adapters["a"].tensors() if name.endswith("magnitude")]
     assert {name.split(".")[2] for name in magnitudes} == {"self_attn"}
-    host.save("a", tmp_path)
-    host.load("b", tmp_path)
-    with torch.no_grad():
-        logits = [host(ids, adapters=[name] * 2).logits for name in ("a", "b")]
-    assert torch.equal(*logits)
 
 
 def test_a_step_tells_whose_tokens_are_whose(monkeypatch):

@@ -80,11 +80,6 @@ def test_rows_are_shown_with_marks_under_what_is_learnt(show):
     assert marked(lines[texts:]) == "he sky<eos>"  # the first token is predicted from nothing
 
 
-def test_faults_of_a_run_file_come_with_its_name(show, tmp_path):
-    error = show("--set", "jobs.0.data.formt=chat", code=2)
-    assert error.startswith(f"error: {tmp_path / 'run.yaml'}:\n  jobs.0.data: unknown key 'formt'")
-
-
 def test_a_row_that_is_dropped_is_shown_as_such(show):
     assert "chats: chat.jsonl, row 2: dropped, because the answer exceeds max_length" in show()
 

@@ -154,14 +154,7 @@ def test_a_job_that_fails_gives_code_2_and_the_others_are_trained(run_file, tmp_
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_ctrl_c_saves_everything_for_resume_and_gives_code_130(run_file, stopping, capsys):
-    assert stopping("train", run_file) == 130
-    assert "pass --resume to continue from here" in capsys.readouterr().out
-    assert cli.main(["train", run_file, "--resume"]) == 0
-    assert "resuming after 3 steps" in capsys.readouterr().out
-
-
-def test_watch_trains_job_files_beside_a_run_file_without_jobs(inputs, stopping, tmp_path, capsys):
+def test_watch_trains_job_files_and_ctrl_c_saves_everything(inputs, stopping, tmp_path, capsys):
     run = run_settings(inputs, tmp_path / "out")
     inbox, (first, second) = tmp_path / "inbox", run.pop("jobs")
     inbox.mkdir()
@@ -170,6 +163,7 @@ def test_watch_trains_job_files_beside_a_run_file_without_jobs(inputs, stopping,
     run_file = str(write_run_file(tmp_path / "run.yaml", run))
     words = ["train", run_file, "--watch", str(inbox), "--watch-exit-when-idle"]
     assert stopping(*words) == 130
+    assert "pass --resume to continue from here" in capsys.readouterr().out
     assert cli.main([*words, "--resume"]) == 0
     assert "resuming after 3 steps" in capsys.readouterr().out
     files = [inbox / f"{name}.state.json" for name in ("one", "two", "bad")]

@@ -1,5 +1,3 @@
-import json
-
 from loraloom.config.data import SourceConfig
 from loraloom.data.encoding import SourceEncoder
 
@@ -11,8 +9,3 @@ def encode(tokenizer, rows, max_length, **settings):
     encoded = encoder.encode(rows, rows[0])
     encoder.check(rows, encoded)
     return encoded
-
-
-def write_rows(path, rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)

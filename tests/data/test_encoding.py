@@ -8,8 +8,8 @@ from loraloom.data.sources import Row
 from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
 from tests.data.encoded import encode as encode_rows
-from tests.data.encoded import write_rows
 from tests.data.test_chat import MARKED, PLAIN
+from tests.generation.saved import write_rows
 
 
 def said(role, content):
@@ -69,7 +69,7 @@ def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 4
 def test_bad_rows_are_reported_together(tiny_tokenizer, tmp_path):
     texts = [{"prompt": "a" * n, "chosen": " yes", "rejected": f" {n}"} for n in range(20)]
     messages = {"chosen": chat(1), "rejected": chat(2)}  # rows of another kind than the first
-    file = write_rows(tmp_path / "rows.jsonl", [*texts, *[messages] * 10])
+    file = write_rows(tmp_path / "rows.jsonl", *texts, *[messages] * 10)
     with pytest.raises(DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has "):
         load(tiny_tokenizer, file, "preference")
     with pytest.raises(DataError, match="line 1: preferences between strings do not"):
@@ -81,17 +81,17 @@ def test_a_template_writes_the_prompts_of_preferences_between_strings(tiny_token
         {"prompt": "Why?", "chosen": "yes", "rejected": "no", "topic": "sky"},
         {"prompt": "How?", "chosen": "no", "rejected": "yes", "topic": "sea", "input": "Here."},
     ]
-    file = write_rows(tmp_path / "rows.jsonl", rows)
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
     template = "{{ topic }}: {{ instruction }}{{ input }}\n"
     written = [{**row, "prompt": prompt} for row, prompt in zip(rows, WRITTEN, strict=True)]
-    expected = load(tiny_tokenizer, write_rows(tmp_path / "written.jsonl", written), "preference")
+    expected = load(tiny_tokenizer, write_rows(tmp_path / "written.jsonl", *written), "preference")
     assert load(tiny_tokenizer, file, "preference", template=template) == expected
     missing = "{{ nothing }}"
     with pytest.raises(
         DataError, match="line 1: the prompt template can't be filled in: 'nothing'"
     ):
         load(tiny_tokenizer, file, "preference", template=missing)
-    messages = write_rows(tmp_path / "chat.jsonl", [{"chosen": chat(1), "rejected": chat(2)}])
+    messages = write_rows(tmp_path / "chat.jsonl", {"chosen": chat(1), "rejected": chat(2)})
     with pytest.raises(
         DataError, match="between messages do not support template; remove template"
     ):

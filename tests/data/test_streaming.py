@@ -9,7 +9,7 @@ from loraloom.config.data import DataConfig
 from loraloom.data.sources import HubSource, RowStream
 from loraloom.data.training_set import StreamedSet, StreamPosition
 from loraloom.errors import DataError
-from tests.data.encoded import write_rows
+from tests.generation.saved import write_rows
 
 ROWS = [{"text": f"row {number}"} for number in range(30)]
 
@@ -17,7 +17,7 @@ ROWS = [{"text": f"row {number}"} for number in range(30)]
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "rows.jsonl"
-    write_rows(path, ROWS)
+    write_rows(path, *ROWS)
     return path
 
 
@@ -80,14 +80,14 @@ def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp
 def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
     path = tmp_path / "long.jsonl"
     row = {"instruction": "Say", "input": "", "output": "what color is the sky " * 20}
-    write_rows(path, [row] * 3)
+    write_rows(path, *[row] * 3)
     with pytest.raises(
         DataError, match="no row has an answer that fits max_length=16; raise max_length"
     ):
         stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=512)
     assert len(made.take(made.start, 12)[0]) == 12
-    write_rows(path, [row, row | {"output": "blue"}] * 4)
+    write_rows(path, *[row, row | {"output": "blue"}] * 4)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     assert "of the first, 4 dropped because their answers do not fit" in made.report[0]
 

@@ -11,7 +11,7 @@ from loraloom.data.templates import (
     read_instruction,
 )
 from loraloom.errors import DataError
-from tests.data.encoded import write_rows
+from tests.generation.saved import write_rows
 
 ALPACA = Row({"instruction": "Add.", "input": "1 2", "output": "3"}, "f.jsonl, line 1")
 QUESTION = Row({"instruction": "Add.", "input": "", "output": "3", "category": "qa"}, "f, line 2")
@@ -122,7 +122,7 @@ MESSAGES = {"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:
     ],
 )
 def test_the_form_of_prompts_is_that_of_the_data(tmp_path, tiny_tokenizer, settings, rows, more):
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
     data = DataConfig.model_validate({"dataset": path, **settings})
     form = prompt_form(data, tiny_tokenizer)
     assert form.model_dump(exclude_none=True) == settings | more

@@ -6,7 +6,7 @@ from loraloom.config.data import DataConfig
 from loraloom.data.tokens import NO_LOSS
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import DataError
-from tests.data.encoded import write_rows
+from tests.generation.saved import write_rows
 
 TURN = {"role": "user", "content": "sky?"}
 GOOD, BAD = ({"role": "assistant", "content": color} for color in ("blue", "green"))
@@ -17,7 +17,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }};{% endfor %}"
 def alpaca(tmp_path):
     """A source of 40 instructions, all different."""
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(40)]
-    path = write_rows(tmp_path / "alpaca.jsonl", rows)
+    path = write_rows(tmp_path / "alpaca.jsonl", *rows)
     return {"dataset": path, "format": "instruction", "template": "plain"}
 
 
@@ -31,7 +31,7 @@ def quiz(tmp_path):
             {"goal": f"{split} goal {n}", "sol1": "yes", "sol2": "no", "label": n % 2}
             for n in range(count)
         ]
-        write_rows(directory / f"{split}.jsonl", rows)
+        write_rows(directory / f"{split}.jsonl", *rows)
     return {"task": "piqa", "path": str(tmp_path)}
 
 
@@ -46,8 +46,8 @@ def answer(tokenizer, example):
 
 def test_rows_of_all_formats_become_examples(tiny_tokenizer, tmp_path, alpaca):
     tiny_tokenizer.chat_template = TEMPLATE
-    chat = write_rows(tmp_path / "chat.jsonl", [{"turns": [TURN, GOOD]}])
-    text = write_rows(tmp_path / "text.jsonl", [{"body": "The sky"}])
+    chat = write_rows(tmp_path / "chat.jsonl", {"turns": [TURN, GOOD]})
+    text = write_rows(tmp_path / "text.jsonl", {"body": "The sky"})
     loaded = load(
         tiny_tokenizer,
         mix=[
@@ -70,7 +70,7 @@ def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
         {"instruction": "what color is the sky " * 10, "output": "yes"},
         {"instruction": "short", "output": "what color is the sky " * 10},
     ]
-    path = write_rows(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", *rows)
     settings = {"dataset": path, "format": "instruction", "template": "plain"}
     loaded = load(tiny_tokenizer, max_length=20, **settings)
     tokens = sum(len(example.input_ids) for example in loaded.examples)
@@ -120,7 +120,7 @@ def test_a_fraction_is_held_out_for_good(tiny_tokenizer, alpaca):
 
 
 def test_equal_rows_are_held_out_together(tiny_tokenizer, tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"text": f"row {n % 8}"} for n in range(80)])
+    path = write_rows(tmp_path / "a.jsonl", *({"text": f"row {n % 8}"} for n in range(80)))
     loaded = load(tiny_tokenizer, dataset=path, format="text", validation_fraction=0.3)
     learnt, measured = (
         {example.input_ids for example in examples}
@@ -129,11 +129,11 @@ def test_equal_rows_are_held_out_together(tiny_tokenizer, tmp_path):
     assert learnt
     assert measured
     assert not learnt & measured
-    write_rows(tmp_path / "a.jsonl", [{"text": f"row {min(n, 40)}"} for n in range(100)])
+    write_rows(tmp_path / "a.jsonl", *({"text": f"row {min(n, 40)}"} for n in range(100)))
     for seed in range(3):  # sixty equal rows
         part = load(tiny_tokenizer, seed=seed, dataset=path, format="text", validation_fraction=0.1)
         assert len(part.validation) == 10
-    write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
+    write_rows(tmp_path / "a.jsonl", {"text": "one"})
     with pytest.raises(DataError, match=r"validation_fraction=0.3 of 1 rows leaves nothing"):
         load(tiny_tokenizer, dataset=path, format="text", validation_fraction=0.3)
 
@@ -179,7 +179,7 @@ GOOD_AND_EMPTY = [
 @pytest.mark.parametrize(("kind", "rows"), GOOD_AND_EMPTY)
 def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_path, kind, rows):
     tiny_tokenizer.chat_template = TEMPLATE
-    path = write_rows(tmp_path / "no\u202fbreak a.jsonl", rows)
+    path = write_rows(tmp_path / "no\u202fbreak a.jsonl", *rows)
     data = {"dataset": path, "format": kind, "as_pairs": kind == "preference"}
     advice = "fill it in, remove the row, or set on_empty: skip"
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2.* is empty.*; {advice}"):
@@ -191,7 +191,7 @@ def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_pa
 
 def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenizer, tmp_path):
     rows = [{"prompt": "sky?", "chosen": chosen, "rejected": "no"} for chosen in (None, "a")]
-    pairs = {"dataset": write_rows(tmp_path / "a.jsonl", rows), "format": "preference"}
+    pairs = {"dataset": write_rows(tmp_path / "a.jsonl", *rows), "format": "preference"}
     pairs |= {"on_empty": "skip"}
     loaded = load(tiny_tokenizer, **pairs, as_pairs=True)
     assert loaded.report[0].endswith("; 1 skipped because of empty answers")
@@ -213,7 +213,7 @@ def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenize
 )
 def test_a_missing_column_is_named_with_its_setting(tiny_tokenizer, tmp_path, settings, message):
     row = {"instruction": "Say", "reply ": "a", "messages": [TURN, GOOD], "functions": None}
-    path = write_rows(tmp_path / "a.jsonl", [row] * 3)
+    path = write_rows(tmp_path / "a.jsonl", *[row] * 3)
     with pytest.raises(DataError, match=message):
         load(tiny_tokenizer, dataset=path, **settings)
     if "fields" in settings:  # what the column holds may be absent
@@ -221,10 +221,10 @@ def test_a_missing_column_is_named_with_its_setting(tiny_tokenizer, tmp_path, se
 
 
 def test_a_chat_template_of_ones_own_is_taken_for_pairs_too(tiny_tokenizer, tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"chosen": [TURN, GOOD], "rejected": [TURN, BAD]}])
+    path = write_rows(tmp_path / "a.jsonl", {"chosen": [TURN, GOOD], "rejected": [TURN, BAD]})
     data = {"dataset": path, "format": "preference", "chat_template": TEMPLATE}
     loaded = load(tiny_tokenizer, as_pairs=True, **data)
     assert tiny_tokenizer.decode(loaded.examples[0].rejected.input_ids) == "sky?;green;"
-    write_rows(tmp_path / "a.jsonl", [{"chosen": [TURN, BAD], "rejected": [TURN, BAD]}])
+    write_rows(tmp_path / "a.jsonl", {"chosen": [TURN, BAD], "rejected": [TURN, BAD]})
     with pytest.raises(DataError, match="line 1: chosen and rejected are the same"):
         load(tiny_tokenizer, as_pairs=True, **data)

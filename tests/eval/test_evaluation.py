@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.results import read_evaluation
 from loraloom.eval.score import score_accuracy
 from tests.eval.scoring import scoring_host, some_questions
+from tests.generation.saved import write_rows
 
 ROW = {
     "question": "What color is the sky?",
@@ -36,7 +36,7 @@ def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
 @pytest.mark.parametrize("tasks", ["arc_easy", [Path("arc_easy")]])
 def test_tasks_have_names_and_generated_ones_read_no_data(host, tiny_tokenizer, tmp_path, tasks):
     (tmp_path / "arc_easy").mkdir()
-    (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
+    write_rows(tmp_path / "arc_easy" / "test.jsonl", *[ROW] * 3)
     options = {"data": tmp_path, "limit": 2, "scoring": "text"}
     evaluation = evaluate(host, tiny_tokenizer, tasks, ["lora"], **options)
     assert evaluation.results["lora"]["arc_easy"]["num_examples"] == 2

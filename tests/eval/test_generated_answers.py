@@ -13,8 +13,8 @@ from loraloom.eval import generated_answers
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.generated_answers import is_right, load_answer_set, normalize_answer
-from tests.data.encoded import write_rows
 from tests.eval.scoring import scoring_host
+from tests.generation.saved import write_rows
 
 NAMES = [None, "lora", "mixdora"]
 ASKED = ["The sky is", "Say one", "Please choose: yes or no", "A red sea"]
@@ -48,7 +48,7 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
     texts = {n: [greedy(host, tiny_tokenizer, f"{x}\n", n) for x in ASKED] for n in NAMES}
     right = [f"The {texts['lora'][0].upper()}!", "no", texts["mixdora"][2].split()[0], "no"]
     rows = [{"instruction": x, "output": of} for x, of in zip(ASKED, right, strict=True)]
-    data = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "format": "instruction"}
+    data = {"dataset": write_rows(tmp_path / "rows.jsonl", *rows), "format": "instruction"}
     file = task(metric=metric, data=data | {"template": "plain"}, sampling={"max_new_tokens": 6})
     options = {"cache": ScoreCache(tmp_path, host)}
     found = evaluate(host, tiny_tokenizer, file, NAMES, **options)
@@ -73,7 +73,7 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
 def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
     turns = [{"role": role, "content": role[:1]} for role in ("system", "user", "assistant")]
     chats = ([*turns, *turns[1:]], [*turns[:2], turns[2] | {"content": ""}])
-    path = write_rows(tmp_path / "chat.jsonl", [{"messages": chat} for chat in chats])
+    path = write_rows(tmp_path / "chat.jsonl", *({"messages": chat} for chat in chats))
     data = {"dataset": path, "format": "chat", "on_empty": "skip"}
     ((index, prompt, reference),) = load_answer_set(task(metric="contains", data=data)).rows
     assert (index, list(prompt.content), reference) == (0, [*turns, turns[1]], "a")

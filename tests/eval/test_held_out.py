@@ -12,8 +12,8 @@ from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval import statistics
 from loraloom.eval.evaluation import evaluate_loss
 from loraloom.eval.held_out import data_set_name, load_held_out, row_scores
-from tests.data.encoded import write_rows
 from tests.eval.scoring import scoring_host
+from tests.generation.saved import write_rows
 from tests.tiny import METHODS
 
 INSTRUCTIONS = [
@@ -44,7 +44,7 @@ def data_of(tmp_path):
     """Write rows, and give the settings of their data set."""
 
     def write(rows, data_format="instruction", name="held_out.jsonl"):
-        return {"dataset": write_rows(tmp_path / name, rows), "format": data_format}
+        return {"dataset": write_rows(tmp_path / name, *rows), "format": data_format}
 
     return write
 

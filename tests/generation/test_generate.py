@@ -6,9 +6,8 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.generation.generate import generate, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
+from tests.generation.asking import TEXTS
 from tests.tiny import METHODS
-
-TEXTS = ("one", "Question: yes or no? Answer:", "the sky", "Please choose", "a short answer is")
 
 
 def prompts(texts=TEXTS):

@@ -82,16 +82,6 @@ def test_what_a_merged_adapter_forbids_is_said():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["law+math", "law:1.0+math:1"])
-def test_a_merged_sum_is_unmerged_however_its_name_is_written(name):
-    host = tiny_host(configs={"law": METHODS["lora"], "math": METHODS["lora"]})
-    before = weights(host)
-    host.merge("law+math")
-    host.unmerge(name)
-    assert_same_bits(weights(host), before)
-
-
-@torch.no_grad()
 def test_detaching_gives_the_untouched_model_back():
     host = tiny_host(configs={"law": METHODS["lora"]})
     before = weights(host)

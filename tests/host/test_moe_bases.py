@@ -22,12 +22,11 @@ from loraloom.adapters import (
 )
 from loraloom.errors import AdapterError, FormatError, ModelError
 from loraloom.host.expert_choices import busiest_experts, count_choices
-from loraloom.host.host import Host
 from loraloom.host.trial import try_adapters
 from loraloom.training.builder import load_start
-from tests.conftest import build_tokenizer
 from tests.tiny import (
     MOE_TYPES,
+    ON_EXPERTS,
     relative_error,
     tiny_host,
     tiny_ids,
@@ -37,39 +36,7 @@ from tests.tiny import (
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "gpt_oss")
 TYPES = (*FAMILIES, "qwen3_next", *MOE_TYPES)
 IDS = tiny_ids(3)
-PLACED: dict[str, AdapterConfig] = {
-    "lora": LoraConfig(rank=3, alpha=6, target_modules=("experts",)),
-    "rslora": LoraConfig(
-        rank=2, alpha=6, rank_stabilized=True, target_modules=("attention", "experts")
-    ),
-    "dora": LoraConfig(rank=2, alpha=6, weight_decomposition=True, target_modules=("experts",)),
-    "shared": LoraConfig(rank=4, alpha=6, shared_outer=True, target_modules=("experts",)),
-    "shared-dora": LoraConfig(
-        rank=3, shared_outer=True, weight_decomposition=True, target_modules=("experts",)
-    ),
-    "some": LoraConfig(
-        rank=4, base_experts={0: (2, 0), 1: (1,)}, dropout=0.3, target_modules=("experts",)
-    ),
-    "some-dora": LoraConfig(
-        rank=4,
-        base_experts=(1, 3),
-        shared_outer=True,
-        weight_decomposition=True,
-        target_modules=("attention", "experts"),
-    ),
-    "dropout": LoraConfig(rank=4, alpha=6, dropout=0.3, target_modules=("experts",)),
-    "mixlora": MixLoraConfig(
-        rank=2, alpha=4, num_experts=3, top_k=2, dropout=0.2, target_modules=("experts",)
-    ),
-    "mixdora": MixLoraConfig(
-        rank=2,
-        alpha=4,
-        num_experts=3,
-        top_k=2,
-        weight_decomposition=True,
-        target_modules=("experts",),
-    ),
-    "beside": LoraConfig(rank=3, alpha=6, dropout=0.2, target_modules=("attention", "moe")),
+PLACED: dict[str, AdapterConfig] = ON_EXPERTS | {
     "mola-beside": MolaConfig(rank=2, alpha=4, num_experts=3, top_k=2, target_modules=("moe",)),
     "mixlora-beside": MixLoraConfig(
         rank=2, alpha=4, num_experts=3, top_k=2, target_modules=("attention", "moe")
@@ -78,10 +45,6 @@ PLACED: dict[str, AdapterConfig] = {
     "hydralora-beside": HydraLoraConfig(rank=2, alpha=4, num_experts=3, target_modules=("moe",)),
     "vera-beside": VeraConfig(rank=5, target_modules=("moe",)),
 }
-
-
-def placed_host(family: str = "qwen3_moe", *names: str) -> Host:
-    return tiny_host(family, {name: PLACED[name] for name in names or PLACED})
 
 
 @pytest.mark.parametrize("family", TYPES)
@@ -178,7 +141,7 @@ def test_pefts_adapters_are_read_and_written_to_the_bit(family, targets, tmp_pat
 
 @pytest.mark.parametrize("name", PLACED)
 def test_files_give_back_what_was_saved(name, tmp_path):
-    host = placed_host("qwen3_moe", name)
+    host = tiny_host("qwen3_moe", {name: PLACED[name]})
     host.save(name, tmp_path / "a")
     host.load("again", tmp_path / "a")
     tensors = host.adapter("again").tensors()
@@ -190,7 +153,7 @@ def test_files_give_back_what_was_saved(name, tmp_path):
 
 
 def test_files_of_an_early_peft_are_refused(tmp_path):
-    host = placed_host("qwen3_moe", "lora")
+    host = tiny_host("qwen3_moe", {"lora": PLACED["lora"]})
     host.save("lora", tmp_path / "a")
     path = tmp_path / "a/adapter_config.json"
     fields = json.loads(path.read_text())
@@ -202,7 +165,7 @@ def test_files_of_an_early_peft_are_refused(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["lora", "dora", "shared-dora", "some-dora"])
 def test_a_scale_is_of_what_an_adapter_does_to_the_weights(name):
-    host = placed_host("qwen3_moe", name)
+    host = tiny_host("qwen3_moe", {name: PLACED[name]})
     halved = host(IDS, adapters=[(name, 0.5)] * 3).logits
     for projection in host.adapter(name).projections():
         base = projection.base
@@ -249,21 +212,6 @@ def test_experts_have_a_rank_of_their_own_and_the_scaling_of_the_others(
     load_start(host, host.adapter("same"), str(tmp_path / "a"))
 
 
-def test_a_merged_adapter_is_the_base_model_with_other_experts(tmp_path):
-    tokenizer = build_tokenizer()
-    host = tiny_host(
-        "qwen3_moe", {"lora": PLACED["lora"]}, torch.float32, vocab_size=len(tokenizer)
-    )
-    expected = host(IDS, adapters=["lora"] * 3).logits
-    host.merge("lora")
-    assert relative_error(host(IDS).logits, expected) < 1e-5
-    host.unmerge("lora")
-    done = loraloom.export(host, tokenizer, "lora", tmp_path / "out")
-    assert done.form == "merged"
-    assert done.logit_error is not None
-    assert done.logit_error < 1e-4
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -302,7 +250,7 @@ def test_what_cannot_be_there_is_refused_with_what_to_use(config, message):
 
 
 def test_an_update_beside_a_block_is_not_merged():
-    host = placed_host("qwen3_moe", "beside")
+    host = tiny_host("qwen3_moe", {"beside": PLACED["beside"]})
     with pytest.raises(AdapterError, match="beside a whole block"):
         host.merge("beside")
 

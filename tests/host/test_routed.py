@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
@@ -20,6 +18,7 @@ from loraloom.generation.scoring import label_log_probs
 from loraloom.host import host as host_module
 from loraloom.host.choice import prompt_states
 from tests.conftest import build_tokenizer
+from tests.generation.saved import write_rows
 from tests.tiny import (
     ALL_METHODS,
     METHODS,
@@ -379,8 +378,8 @@ def test_a_source_is_read_as_prompts_are_when_the_router_chooses(
     host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
     (row, expected), empty = ASKED[asked], {"text": None, "messages": [QUESTION, LATER[0] | EMPTY]}
     rows = [row, row | {key: empty[key] for key in row.keys() & empty}, row]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
-    source = {"dataset": str(tmp_path / "rows.jsonl"), "format": asked.split()[0]}
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    source = {"dataset": path, "format": asked.split()[0]}
     prompt = encode_for_choice(host, tiny_tokenizer, Prompt(adapter="auto", **expected))
     num_rows = 3 - any(key in row for key in empty)  # as in training
     assert prompt_ids(host, tiny_tokenizer, source, "auto", None) == [prompt] * num_rows
@@ -401,9 +400,7 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
     texts = {"law": ["the court", "a court is"], "math": ["one two", "two one one"]}
     # instructions in the form of one of them don't tell it
     rows = [{"instruction": text, "output": "x"} for text in texts["math"] * 4]
-    file = tmp_path / "math.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    math = {"dataset": str(file), "format": "instruction"}
+    math = {"dataset": write_rows(tmp_path / "math.jsonl", *rows), "format": "instruction"}
     fit_router(host, tiny_tokenizer, "auto", {"law": texts["law"] * 4, "math": math})
     prompts = ["the court is", ({"role": "user", "content": "two one"},)]
     answers = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import loraloom
+from tests.adapters.plain import IDS, MASK
 from tests.parity.dense_loop import DenseAdapter
 from tests.tiny import (
     ALL_METHODS,
@@ -67,8 +68,6 @@ def test_padding_rows_get_the_base_ffn():
     assert not torch.allclose(outputs[0][~padding], expected[~padding])
 
 
-IDS = tiny_ids(2, 6)
-MASK = padded_mask([6, 4], length=6)
 MIXED = [("mixlora", 0.5), "lora", ("dora", 0.5), None, ("mixlora", 2.0), "mixlora", ("lora", -1.0)]
 
 

@@ -119,10 +119,11 @@ def test_a_sum_reads_its_members_forms_of_prompts():
 
 
 @torch.no_grad()
-def test_a_sum_is_merged_and_unmerged():
+@pytest.mark.parametrize("name", [SUMS[1], "dora:0.50+lora:1.0+moslora:0.25"])
+def test_a_sum_is_merged_and_unmerged_however_its_name_is_written(name):
     host, ids = tiny_host("llama", MEMBERS), tiny_ids(1)
     expected = [host(ids, adapters=[row]).logits for row in (SUMS[1], None)]
     host.merge(SUMS[1])
     torch.testing.assert_close(host(ids).logits, expected[0])
-    host.unmerge(host.merged)
+    host.unmerge(name)
     assert torch.equal(host(ids).logits, expected[1])

@@ -6,35 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig, RoutedConfig
+from loraloom.adapters import AdapterConfig, LoraConfig, RoutedConfig
 from loraloom.adapters.contract import Projection
 from loraloom.adapters.weighted_sum import parse_sum
 from loraloom.base.blocks import Block
 from loraloom.errors import AdapterError
 from loraloom.host.host import Host
 from loraloom.training.builder import load_start
-from tests.tiny import parameter_grads, relative_error, tiny_host, tiny_ids
+from tests.tiny import ON_EXPERTS, changed, parameter_grads, relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(1, 9)
-ON_EXPERTS: dict[str, Any] = {"target_modules": ("experts",)}
 MEMBERS: dict[str, AdapterConfig] = {
-    "lora": LoraConfig(rank=3, alpha=6, dropout=0.5, expert_rank=3, **ON_EXPERTS),
-    "rslora": LoraConfig(
-        rank=4, alpha=6, rank_stabilized=True, target_modules=("attention", "experts")
-    ),
-    "shared": LoraConfig(rank=6, alpha=6, shared_outer=True, **ON_EXPERTS),
-    "shared-too": LoraConfig(rank=4, alpha=3, shared_outer=True, **ON_EXPERTS),
-    "some": LoraConfig(rank=4, base_experts={0: (2, 0), 1: (1,)}, **ON_EXPERTS),
+    **{name: config for name, config in ON_EXPERTS.items() if not config.experts_per_router},
+    "shared-too": changed(ON_EXPERTS["shared"], rank=4, alpha=3),
     "up": LoraConfig(rank=4, base_experts=(1,), target_modules=("experts.gate_up_proj",)),
     "down": LoraConfig(
         rank=4, base_experts=(2,), shared_outer=True, target_modules=("experts.down_proj",)
     ),
-    "dora": LoraConfig(rank=2, alpha=6, weight_decomposition=True, **ON_EXPERTS),
-    "shared-dora": LoraConfig(rank=4, shared_outer=True, weight_decomposition=True, **ON_EXPERTS),
-    "some-dora": LoraConfig(
-        rank=4, base_experts=(1, 3), shared_outer=True, weight_decomposition=True, **ON_EXPERTS
-    ),
-    "beside": LoraConfig(rank=3, alpha=6, target_modules=("attention", "moe")),
 }
 SUMS = [
     "lora:0.7+rslora:-0.3",
@@ -129,7 +117,7 @@ def test_a_sum_is_a_loop_over_experts_with_whole_weights(family, text):
 
 
 def test_mixed_rows_with_sums_are_what_each_is_alone():
-    host = tiny_host("qwen3_moe", MEMBERS | {"mix": MixLoraConfig(num_experts=3, **ON_EXPERTS)})
+    host = tiny_host("qwen3_moe", MEMBERS | {"mix": ON_EXPERTS["mixlora"]})
     rows = [*SUMS, "lora", None, (SUMS[4], 0.5), "mix", "some:0.5+beside", "shared-dora"]
     ids = tiny_ids(len(rows))
     mixed = host(ids, adapters=rows).logits
@@ -155,7 +143,7 @@ def test_greedy_text_of_sums_is_that_of_each_alone(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", [SUMS[0], SUMS[2], SUMS[5]])
+@pytest.mark.parametrize("text", ["lora", SUMS[0], SUMS[2], SUMS[5]])
 def test_a_sum_is_merged_and_unmerged(text):
     host = tiny_host("qwen3_moe", MEMBERS)
     before = host(IDS).logits
@@ -229,10 +217,9 @@ def test_a_router_by_prompt_adds_up_adapters_on_experts():
         host.add("token", RoutedConfig(experts=experts, router="token"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_decomposition": True}])
-def test_mixtures_in_experts_have_no_sum(settings):
-    config = MixLoraConfig(rank=2, num_experts=3, **ON_EXPERTS, **settings)
-    host = tiny_host("qwen3_moe", MEMBERS | {"mix": config})
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_mixtures_in_experts_have_no_sum(method):
+    host = tiny_host("qwen3_moe", MEMBERS | {"mix": ON_EXPERTS[method]})
     with pytest.raises(AdapterError, match=r"'mix' \(Mix.* with experts; scale it alone"):
         host(IDS, adapters=["mix+lora"])
     for name, title in (("mix", r"Mix\w+"), ("dora", "DoRA")):

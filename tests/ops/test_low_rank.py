@@ -70,20 +70,13 @@ def norms_of(weight, lora_A, lora_B, scaling):
     return dora_norms(weight @ lora_A.mT, weight.square().sum(-1), lora_A, lora_B, scaling)
 
 
+@pytest.mark.parametrize("stack", [(), (3,)])
 @pytest.mark.parametrize("num_experts", [1, 3])
-def test_dora_norms_are_those_of_the_dense_weight(num_experts):
-    weight, scaling = leaf(6, 5), 1.7
-    lora_A, lora_B = leaf(num_experts, 2, 5), leaf(num_experts, 6, 2)
+def test_dora_norms_are_those_of_each_dense_weight(num_experts, stack):
+    weight, scaling = leaf(*stack, 6, 5), 1.7
+    lora_A, lora_B = leaf(num_experts, *stack, 2, 5), leaf(num_experts, *stack, 6, 2)
     dense = weight + scaling * lora_B @ lora_A
     norms = norms_of(weight, lora_A, lora_B, scaling)
-    torch.testing.assert_close(norms, dense.norm(dim=-1), rtol=1e-12, atol=1e-12)
-
-
-def test_dora_norms_of_stacks_are_those_of_each_dense_weight():
-    weights = leaf(3, 6, 5)
-    lora_A, lora_B = leaf(2, 3, 2, 5), leaf(2, 3, 6, 2)
-    dense = weights + 0.7 * lora_B @ lora_A
-    norms = norms_of(weights, lora_A, lora_B, 0.7)
     torch.testing.assert_close(norms, dense.norm(dim=-1), rtol=1e-12, atol=1e-12)
 
 

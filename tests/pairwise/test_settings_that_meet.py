@@ -5,7 +5,6 @@ against those of the same job trained alone, unbroken, in whole batches without 
 checkpointing; the texts of all adapters, decoded in one batch, against a loop without a cache.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 import loraloom
 from loraloom.host.host import Host
 from tests.conftest import build_tokenizer
+from tests.generation.saved import write_rows
 from tests.pairwise.cases import Case, pairwise
 from tests.tiny import randomise, tiny_model
 from tests.training.running import pressing
@@ -206,9 +206,8 @@ def directory(tmp_path_factory) -> Path:
     pairs = [
         {"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no no"} for word in words
     ]
-    for name, records in (("rows", rows), ("pairs", pairs)):
-        text = "".join(f"{json.dumps(record)}\n" for record in records)
-        (directory / f"{name}.jsonl").write_text(text)
+    write_rows(directory / "rows.jsonl", *rows)
+    write_rows(directory / "pairs.jsonl", *pairs)
     for family in sorted(set(map(_family_of, FACTORS["base"]))):
         model = tiny_model(family, torch.float32, **SIZES)
         model.save_pretrained(directory / family)

@@ -5,34 +5,26 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.ops.dropout import sample_key
+from tests.adapters.plain import IDS, MASK, loss_of
 from tests.parity.dense_loop import DenseAdapter, RandomMasks
 from tests.tiny import (
     ALL_FAMILIES,
     METHODS,
     changed,
     gradients,
-    padded_mask,
     randomise,
     relative_error,
-    tiny_ids,
     tiny_model,
 )
 
-IDS = tiny_ids(2, 6)
-MASK = padded_mask([6, 4], length=6)
 KEYS = [sample_key(3, 1, sample) for sample in (5, 6)]
 LAYOUTS = ("llama", "phi", "phi3", "gpt_neox")
 """One family for each layout of the FFN: gated, ungated, fused, and ungated under other names."""
-
-
-def language_model_loss(logits: Tensor) -> Tensor:
-    real = MASK[:, 1:].bool()
-    return cross_entropy(logits[:, :-1][real], IDS[:, 1:][real], reduction="none").sum()
 
 
 def balance_loss(router_logits: list[Tensor], config: MixLoraConfig) -> Tensor:
@@ -65,7 +57,7 @@ def compare(family: str, config: LoraConfig, *, train: bool = False, **changes) 
     actual = host.logits(out.last_hidden_state)
     real = MASK.bool()
     assert relative_error(actual[real].detach(), expected[real].detach()) < 1e-10
-    loss, expected_loss = language_model_loss(actual), language_model_loss(expected)
+    loss, expected_loss = loss_of(actual), loss_of(expected)
     if isinstance(config, MixLoraConfig):
         loss = loss + config.auxiliary_loss(out.routing["a"])
         expected_loss = expected_loss + balance_loss(oracle.router_logits, config)

@@ -1,12 +1,11 @@
 """A run file for a tiny model and tiny data on the disk."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.generation.saved import save_tiny
+from tests.generation.saved import save_tiny, write_rows
 
 WORDS = ("blue", "one", "two", "yes", "no", "true", "false", "short")
 
@@ -18,9 +17,9 @@ def save_inputs(directory: Path, **changes: Any) -> Path:
     """
     save_tiny(directory, **changes)
     rows = [{"instruction": f"Say {word} {n}", "output": word} for n in (1, 2) for word in WORDS]
-    (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_rows(directory / "rows.jsonl", *rows)
     pairs = [{"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no"} for word in WORDS]
-    (directory / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
+    write_rows(directory / "pairs.jsonl", *pairs)
     (directory / "arc_easy").mkdir()
     choices = {"text": ["one", "two", "blue"], "label": ["A", "B", "C"]}
     questions = [
@@ -28,8 +27,7 @@ def save_inputs(directory: Path, **changes: Any) -> Path:
         for n in range(5)
     ]
     for split in ("train", "validation"):
-        text = "".join(f"{json.dumps(row)}\n" for row in questions)
-        (directory / "arc_easy" / f"{split}.jsonl").write_text(text)
+        write_rows(directory / "arc_easy" / f"{split}.jsonl", *questions)
     return directory
 
 

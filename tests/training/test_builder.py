@@ -1,4 +1,3 @@
-import json
 from functools import partial
 
 import pytest
@@ -9,6 +8,7 @@ from loraloom.config.data import PromptForm
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
 from loraloom.training.settings import JobConfig
+from tests.generation.saved import write_rows
 from tests.tiny import METHODS, changed, randomise
 from tests.training.saved import save_inputs
 from tests.training.toy import toy_host, toy_tokenizer
@@ -26,9 +26,8 @@ def builder():
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    return path
+    write_rows(tmp_path / "rows.jsonl", *ROWS)
+    return tmp_path / "rows.jsonl"
 
 
 def config(rows, name: str = "a", **sections) -> JobConfig:
@@ -65,7 +64,7 @@ def test_a_job_that_joins_reads_its_files_again(builder, rows, tmp_path):
     questions = inputs / "arc_easy/validation.jsonl"
     task = {"task": "arc_easy", "path": str(inputs), "scoring": "text"}
     first = builder.build(config(rows, eval=[task]))
-    rows.write_text(rows.read_text() + json.dumps({"text": "five and so on"}) + "\n")
+    write_rows(rows, *ROWS, {"text": "five and so on"})
     questions.write_text(questions.read_text().replace("What is 2", "What is 22"))
     other = builder.build(config(rows, "c", eval=[task]))
     assert len(other.training_set.examples) == len(first.training_set.examples) + 1
@@ -74,7 +73,7 @@ def test_a_job_that_joins_reads_its_files_again(builder, rows, tmp_path):
 
 
 def test_rows_longer_than_the_models_positions_are_refused(builder, rows):
-    rows.write_text(json.dumps({"text": "one " * 999}) + "\n")
+    write_rows(rows, {"text": "one " * 999})
     message = (
         r"job a: examples must fit the model's \d+ positions, the longest has 900 tokens; set tr"
     )
@@ -130,10 +129,10 @@ def test_a_start_from_another_form_of_prompts_is_a_warning(
     adapter = LoraConfig(rank=2, alpha=4)
     builder._host.add("old", adapter).prompt = learned
     builder._host.save("old", tmp_path / "old")
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair)
     train = {"max_steps": 1, "max_length": 32, "objective": {"name": "dpo"}}
-    data = {"dataset": str(pairs), **data}
+    data = {"dataset": pairs, **data}
     job = builder.build(config(pairs, data=data, train=train, start_from=str(tmp_path / "old")))
     assert len(job.warnings) == (message is not None)
     assert all(message in warning for warning in job.warnings)

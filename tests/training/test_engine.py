@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from loraloom import RoutedConfig
-from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import tally
@@ -12,6 +11,7 @@ from loraloom.training import builder
 from loraloom.training import job as job_module
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.run_directory import RunDirectory
+from tests.tiny import ON_EXPERTS
 from tests.training.running import (
     assert_same_files,
     assert_same_metrics,
@@ -32,18 +32,6 @@ from tests.training.toy import (
     weights_of,
 )
 
-_PLACES = {"target_modules": ("attention", "experts"), "alpha": 4}
-ON_EXPERTS = {
-    "lora": LoraConfig(rank=3, **_PLACES),
-    "rslora": LoraConfig(rank=4, rank_stabilized=True, dropout=0.2, **_PLACES),
-    "dora": LoraConfig(rank=2, weight_decomposition=True, dropout=0.1, **_PLACES),
-    "shared": LoraConfig(rank=4, shared_outer=True, dropout=0.1, **_PLACES),
-    "some": LoraConfig(rank=4, base_experts=(0, 2), **_PLACES),
-    "mixlora": MixLoraConfig(rank=2, num_experts=3, dropout=0.1, **_PLACES),
-    "mixdora": MixLoraConfig(rank=2, num_experts=2, weight_decomposition=True, **_PLACES),
-    "beside": LoraConfig(rank=3, alpha=4, target_modules=("attention", "moe"), dropout=0.1),
-}
-
 
 def test_a_job_that_is_done_leaves_and_the_others_go_on(tmp_path):
     configs = [toy_config("short", max_steps=2), toy_config("long", lr_ratios={"lora_A": 0})]
@@ -60,9 +48,10 @@ def test_eight_adapters_on_experts_learn_together_what_each_learns_alone(
     family, max_steps, tmp_path
 ):
     configs = []
-    for number, (name, adapter) in enumerate(ON_EXPERTS.items()):
+    names = ("lora", "rslora", "dora", "shared", "some", "mixlora", "mixdora", "beside")
+    for number, name in enumerate(names):
         settings = {"optimizer": "adamw", "weight_decay": 0.01, "max_steps": max_steps}
-        configs.append(toy_config(name, adapter, number, learning_rate=1e-3, **settings))
+        configs.append(toy_config(name, ON_EXPERTS[name], number, learning_rate=1e-3, **settings))
     together = toy_engine(tmp_path / "together", configs, family=family)
     jobs = dict(together.jobs)
     together.run()
@@ -79,15 +68,9 @@ def test_eight_adapters_on_experts_learn_together_what_each_learns_alone(
 def test_a_job_may_be_measured_before_its_first_step(tmp_path, eval_on_start):
     data = {"task": "skills", "validation_fraction": 0.5}
     config = toy_config("a", data=data, max_steps=2, eval_on_start=eval_on_start)
-    toy_engine(tmp_path, [config], {"a": held_out_set()}).run()
+    toy_engine(tmp_path, [config], {"a": toy_set(count=4, num_validation=3)}).run()
     steps = [line["step"] for line in read_metrics(tmp_path / "a") if "eval/loss" in line]
     assert steps == ([0, 2] if eval_on_start else [2])
-
-
-def held_out_set():
-    training_set = toy_set(count=4)
-    training_set.validation.extend(toy_set(count=3, seed=1).examples)
-    return training_set
 
 
 def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatch):

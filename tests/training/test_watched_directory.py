@@ -11,6 +11,7 @@ from loraloom.errors import ConfigError
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.run import train
 from loraloom.training.watched_directory import WatchOptions, lock_watched
+from tests.generation.saved import write_rows
 from tests.training.running import Spoken, assert_same_files, pressing
 from tests.training.toy import toy_host, toy_tokenizer
 
@@ -23,8 +24,8 @@ def quick_looks(monkeypatch):
 
 @pytest.fixture
 def inbox(tmp_path):
-    rows = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four")]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ("one", "two", "three", "four")
+    write_rows(tmp_path / "rows.jsonl", *({"text": f"{word} and so on"} for word in words))
     (tmp_path / "inbox").mkdir()
     return tmp_path / "inbox"
 

@@ -1,12 +1,13 @@
 """Local tasks of every kind that lm-eval asks."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lm_eval.api.instance import Instance
+
+from tests.generation.saved import write_rows
 
 COLOURS = ("blue", "a deep green", "yes and no", "the red one")
 ROWS = [
@@ -54,11 +55,8 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def write_tasks(directory: Path) -> Path:
     """Write the rows, and a YAML file for each task; return the directory."""
-    lines = "".join(f"{json.dumps(row)}\n" for row in ROWS)
-    for split in ("train", "test"):
-        (directory / f"{split}.jsonl").write_text(lines)
+    files = {name: write_rows(directory / f"{name}.jsonl", *ROWS) for name in ("train", "test")}
     for name, settings in TASKS.items():
-        files = {split: str(directory / f"{split}.jsonl") for split in ("train", "test")}
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
         splits = {"training_split": "train", "test_split": "test"}
         config = {"task": name, **data, **splits, **settings}

@@ -66,13 +66,6 @@ def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(host, t
         assert answers.count(b"HTTP/1.1 ") == 1
 
 
-def test_a_probe_may_ask_for_the_head_alone(host, tokenizer):
-    with serving(host, tokenizer) as (url, _):
-        for path in ("health", "ready"):
-            response = httpx2.head(f"{url}/{path}")
-            assert (response.status_code, response.content) == (200, b"")
-
-
 @pytest.mark.usefixtures("hurried")
 def test_clients_that_do_not_read_are_let_go(host, tokenizer):
     with serving(host, tokenizer) as (url, _), connect(url) as connection:

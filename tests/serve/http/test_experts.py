@@ -5,20 +5,20 @@ import asyncio
 import openai
 import torch
 
-from loraloom import LoraConfig, MixLoraConfig, Prompt, SamplingConfig, generate
+from loraloom import Prompt, SamplingConfig, generate
 from tests.generation.conftest import SIZES
 from tests.serve.http.in_process import BASE, serving
-from tests.tiny import tiny_host
+from tests.tiny import ON_EXPERTS, tiny_host
 
-ON_EXPERTS = ("attention", "experts")
-CONFIGS = {
-    "law": LoraConfig(rank=4, alpha=8, target_modules=ON_EXPERTS),
-    "math": LoraConfig(rank=6, rank_stabilized=True, target_modules=ON_EXPERTS),
-    "shared": LoraConfig(rank=4, alpha=8, shared_outer=True, target_modules=ON_EXPERTS),
-    "dora": LoraConfig(rank=4, weight_decomposition=True, target_modules=("experts",)),
-    "mix": MixLoraConfig(rank=2, num_experts=3, top_k=2, target_modules=ON_EXPERTS),
-}
-MODELS = [*CONFIGS, "law:0.7+math:-0.3", "law:0.25+math:0.5", "dora:0.5+shared", "law:0.5", BASE]
+CONFIGS = {name: ON_EXPERTS[name] for name in ("lora", "rslora", "shared", "dora", "mixlora")}
+MODELS = [
+    *CONFIGS,
+    "lora:0.7+rslora:-0.3",
+    "lora:0.25+rslora:0.5",
+    "dora:0.5+shared",
+    "lora:0.5",
+    BASE,
+]
 
 
 def test_a_batch_of_adapters_and_sums_says_what_each_says_alone(tokenizer, monkeypatch):

@@ -121,7 +121,8 @@ def test_a_local_server_answers_to_the_address_that_it_listens_on(host, tokenize
 def test_other_paths_are_errors_with_an_object(http):
     error_of(http.get("/v1/nothing"), 404)
     error_of(http.get("/v1/chat/completions"), 405)
-    assert http.get("/health").text == http.get("/ready").text == "ok"
+    for path in ("/health", "/ready"):  # a probe may ask for the head alone
+        assert (http.get(path).text, http.head(path).content) == ("ok", b"")
 
 
 def test_a_server_answers_to_the_names_that_it_is_given(host, tokenizer):
@@ -280,22 +281,6 @@ def test_a_client_that_goes_away_is_not_worked_for(host, tokenizer, stream):
         wait_until(lambda: engine.is_idle)
         assert engine.counts["generated_tokens", "lora"] < 200
         assert engine.gauges()["cache_tokens_used"] == 0
-
-
-def test_a_stopping_server_lets_requests_end(host, tokenizer):
-    answers = []
-    body = CHAT | {"max_tokens": 150, "ignore_eos": True}
-    with serving(host, tokenizer) as (url, engine):
-        path = f"{url}/v1/chat/completions"
-        thread = threading.Thread(
-            target=lambda: answers.append(httpx2.post(path, json=body, timeout=60))
-        )
-        thread.start()
-        wait_until(lambda: engine.gauges()["requests_running"] > 0)
-    thread.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 150
-    with pytest.raises(httpx2.ConnectError):
-        httpx2.post(path, json=body)
 
 
 def test_requests_for_more_adapters_than_fit_end_even_when_the_server_stops(host, tokenizer, saved):

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 from torch import Tensor
 
@@ -64,6 +62,7 @@ OBJECTIVES = {
     "dpo": {"name": "dpo", "beta": 0.5},
     "ipo": {"name": "dpo", "loss_type": "ipo"},
     "cpo": {"name": "cpo"},
+    "hinge": {"name": "cpo", "loss_type": "hinge"},
 }
 CUT = [*((method, "sft") for method in ADAPTERS), *(("mixlora", name) for name in OBJECTIVES)]
 

@@ -5,7 +5,7 @@ import torch
 
 import loraloom
 from loraloom.errors import ConfigError
-from loraloom.training.settings import CpoConfig, DpoConfig, ObjectiveConfig, RunConfig, SftConfig
+from loraloom.training.settings import ObjectiveConfig, RunConfig, SftConfig
 from loraloom.training.step.objectives import ScoredSamples, StepTotals, build_objective
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0], dtype=torch.float64)
@@ -16,23 +16,6 @@ WHOLE = StepTotals(num_examples=2, num_labels=7, num_chosen_labels=3)
 
 def scored() -> ScoredSamples:
     return ScoredSamples(LOG_PROBS, NUM_LABELS, REFERENCES)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [DpoConfig(), DpoConfig(loss_type="ipo"), CpoConfig(), CpoConfig(loss_type="hinge")],
-    ids=["dpo", "ipo", "cpo", "cpo-hinge"],
-)
-def test_shares_of_micro_batches_add_up(config):
-    objective = build_objective(config)
-    whole_loss, whole_metrics = objective(scored(), WHOLE)
-    first = ScoredSamples(LOG_PROBS[:3], NUM_LABELS[:2], REFERENCES[:2])
-    second = ScoredSamples(LOG_PROBS[3:], NUM_LABELS[2:], REFERENCES[2:])
-    first_loss, first_metrics = objective(first, WHOLE)
-    second_loss, second_metrics = objective(second, WHOLE)
-    torch.testing.assert_close(first_loss + second_loss, whole_loss)
-    for name, value in whole_metrics.items():
-        torch.testing.assert_close(first_metrics[name] + second_metrics[name], value)
 
 
 def test_an_answer_without_labels_has_log_probability_zero():

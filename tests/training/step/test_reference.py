@@ -6,7 +6,6 @@ from loraloom.training.settings import DpoConfig
 from loraloom.training.step import objectives
 from loraloom.training.step.objectives import (
     Reference,
-    drop_reference,
     load_reference,
     score_references,
 )
@@ -21,17 +20,6 @@ def start(tmp_path):
     randomise(host.add("start", METHODS["mixlora"], seed=3), seed=3)
     host.save("start", tmp_path / "start")
     return str(tmp_path / "start")
-
-
-def test_an_adapter_is_loaded_once_and_dropped_with_its_last_job(start):
-    host = toy_host()
-    one, other = (load_reference(host, DpoConfig(reference=start)) for _ in range(2))
-    assert one.adapter_name == other.adapter_name
-    assert list(host.adapters) == [one.adapter_name]
-    drop_reference(host, one, [other, None])
-    assert list(host.adapters) == [one.adapter_name]
-    drop_reference(host, other, [None, Reference(None)])
-    assert host.adapters == {}
 
 
 def test_a_sample_is_asked_for_once(start, monkeypatch):
