@@ -21,7 +21,7 @@ from loraloom.config.fields import check_name
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
 from loraloom.data import sources
-from loraloom.data.skills import generate_skills
+from loraloom.data.skills import generate_skills, land_names
 from loraloom.data.sources import HubSource, Row, fields_of
 from loraloom.data.templates import compile_template, fill_in
 from loraloom.data.tokens import TextPair
@@ -83,10 +83,15 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 def find_task(name: str) -> ChoiceTask:
     if is_task_file(name):
         return _load_task(local_path(name, "a task's file"))
-    lands = skills_lands(name)
-    if lands is None:
+    numbers = skills_lands(name)
+    if numbers is None:
         return _built_in(check_task(name))
-    return replace(_built_in("skills"), name=name, source=partial(generate_skills, **lands))
+    lands: Sequence[str | None] = (None,)
+    if numbers["num_lands"] is not None:
+        lands = land_names(numbers["num_lands"])
+    if numbers["land"] is not None:
+        lands = [lands[numbers["land"] - 1]]
+    return replace(_built_in("skills"), name=name, source=partial(generate_skills, lands=lands))
 
 
 @lru_cache
