@@ -107,9 +107,9 @@ class SourceEncoder:
         columns = self._columns(sources.fields_of_all(rows), for_prompts=True)
         for row in rows:
             with suppress(EmptyAnswerError):
-                yield {**self._read_prompt(row, columns), "origin": row.origin}
+                yield {**self.read_prompt(row, columns), "origin": row.origin}
 
-    def _read_prompt(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    def read_prompt(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
         data_format = self.config.format or "text"
         if data_format == "chat":
             chat = read_conversation(row, self.config.fields)
@@ -315,17 +315,17 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
         return PromptForm(format="instruction", template=template)
     systems: set[str | None] = set()
-    stream = SourceEncoder(source, tokenizer, 0).open("train")
+    encoder = SourceEncoder(source, tokenizer, 0)
     # of a stream only the beginning is known
-    for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
+    for row in islice(encoder.open("train").rows(), STREAM_ROWS if data.streaming else None):
         # a row with a fault is skipped, or encoding will report it
         with suppress(DataError):
-            messages = _first_messages(source, row)
-            if messages:
-                first = messages[0]
-                systems.add(first["content"] if first["role"] == "system" else None)
+            content = encoder.read_prompt(row, source.columns)["content"]
+            if not isinstance(content, str):
+                has_system = content and content[0]["role"] == "system"
+                systems.add(content[0]["content"] if has_system else None)
             elif not systems:
-                return PromptForm(format="preference")  # the first answer that there is
+                return PromptForm(format="preference")  # the first prompt that there is
         if len(systems) > 1 or None in systems:
             break
     template = source.chat_template
@@ -333,16 +333,3 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         template = templates.given_source(tokenizer, template)
     system = systems.pop() if len(systems) == 1 else None
     return PromptForm(format="chat", chat_template=template, system=system)
-
-
-def _first_messages(source: SourceConfig, row: Row) -> list[Message] | None:
-    """The messages of a conversation, or of a preference; None if its answer is a text."""
-    columns = source.fields or {}
-    if source.format == "chat":
-        return read_conversation(row, columns).messages
-    chosen = columns.get("chosen", "chosen")
-    for column in (columns.get("prompt", "prompt"), chosen):
-        if isinstance(row.get(column), list):
-            return read_messages(row, column)
-    row.answer(chosen)  # an error if there is none
-    return None
