@@ -214,7 +214,8 @@ class ChoiceTask:
     ) -> int:
         value = self._read(row, "answer", config.answer)
         answer = _as_text(row, "answer", value).strip()
-        options = answer_options(texts, labels)[config.answer_is]
+        possible = {"index": range(len(texts)), "text": texts, "label": labels}
+        options = [str(option).strip() for option in possible[config.answer_is]]
         if answer not in options:
             row.reject(
                 f"answer ({config.answer}) must be a choice's {config.answer_is}, one of "
@@ -240,15 +241,6 @@ class ChoiceTask:
     ) -> str:
         template = compile_template(source, f"{self.path}: {setting}")
         return fill_in(template, row, setting, more)
-
-
-def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
-    """List the answers that a question accepts, by what its task's `answer_is` may be."""
-    return {
-        "index": [str(index) for index in range(len(texts))],
-        "text": [text.strip() for text in texts],
-        "label": [label.strip() for label in labels],
-    }
 
 
 def _find(row: Row, path: str) -> Any:
