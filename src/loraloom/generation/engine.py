@@ -179,9 +179,9 @@ class Engine:
     def step(self) -> bool:
         self.counts["steps",] += 1
         self._drop_ended()
-        reading = self._schedule()
+        self._schedule()
         self._decode()
-        self._read(reading)
+        self._read()
         self._postprocess()
         if self.is_idle:  # memory that ran out is there again
             self._scheduler.max_rows = self.limits.max_rows
@@ -228,9 +228,9 @@ class Engine:
             self._fail(row, RequestError(f"a request must end in {limit_s:g} seconds", "timeout"))
         return is_late
 
-    def _schedule(self) -> list[Row]:
-        """Send rows back and admit others; return those that are to be read."""
-        served, scheduler, running = self._served, self._scheduler, set(self._runner.rows)
+    def _schedule(self) -> None:
+        """Send rows back and admit others."""
+        served, scheduler = self._served, self._scheduler
         with self._wake:
             while len(served) > 1 and (
                 scheduler.cached_tokens(served, added=1) > self.limits.cache_tokens
@@ -248,7 +248,6 @@ class Engine:
                 self._send_back(victim)
         self._fit_prefixes()
         self._runner.bound_prepared(served)
-        return [row for row in served if row not in running]
 
     def _decode(self) -> None:
         rows = self._runner.rows
@@ -265,13 +264,13 @@ class Engine:
         if record:
             _tell_routing(rows, record)
 
-    def _read(self, reading: list[Row]) -> None:
+    def _read(self) -> None:
         """Read pieces of prompts, first of whoever was served least; rows then join the others."""
         budget = self.limits.prefill_tokens
         with self._wake:
             self._scheduler.give_credit(self._runner.rows, self._read_per_token)
         while budget > 0:
-            piece, size = self._next_piece(reading, budget)
+            piece, size = self._next_piece(budget)
             if piece is None:
                 break
             if isinstance(piece, Routing):
@@ -279,8 +278,6 @@ class Engine:
             else:
                 num_others = len(self._runner.rows) or len(self._served) - 1
                 num_tokens, error = self._read_piece(piece, size)
-                if error is not None or piece in self._runner.rows:
-                    reading.remove(piece)
                 if isinstance(error, torch.OutOfMemoryError) and num_others:
                     # it waits until others, whose memory it needs, have ended
                     self._make_do_with(min(num_others, self._scheduler.max_rows))
@@ -291,8 +288,9 @@ class Engine:
             with self._wake:
                 self._scheduler.charge_reading(piece.share, num_tokens, self._runner.rows)
 
-    def _next_piece(self, reading: Sequence[Row], budget: int) -> tuple[Routing | Row | None, int]:
+    def _next_piece(self, budget: int) -> tuple[Routing | Row | None, int]:
         """Choose the prompt that is read next, of whoever was served least, and for how far."""
+        reading = [row for row in self._served if row not in self._runner.rows]
         with self._wake:
             pieces = [*self._routings, *reading]
             for piece in sorted(pieces, key=lambda piece: self._scheduler.used(piece.share)):
