@@ -188,8 +188,6 @@ class Engine:
         return not self.is_idle
 
     def _check(self, request: GenerationRequest) -> None:
-        if request.adapter_name is not None:
-            self.host.adapter(request.adapter_name)  # an error if there is none
         num_prompt = len(request.prompt_ids)
         num_new = request.sampling.max_new_tokens if request.makes_tokens else 0
         if num_prompt == 0:
