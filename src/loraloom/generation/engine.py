@@ -73,7 +73,7 @@ class Engine:
         self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
         self._wake = threading.Condition()  # with a lock that its holder may take again
-        self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens, limits.prefill_tokens)
+        self._scheduler = Scheduler(limits)
         on_cpu = host.device.type == "cpu"
         self._read_per_token = READ_PER_TOKEN if on_cpu else READ_PER_TOKEN_ON_GPU
         self._arrivals = count(1)
