@@ -20,7 +20,7 @@ from string import ascii_uppercase
 from typing import Any
 
 import loraloom
-from loraloom.data.skills import generate_skills
+from loraloom.data.skills import generate_skills, land_names
 
 LANDS = {f"land{n}": {"task": f"skills@{n}of8", "scoring": "text"} for n in range(1, 9)}
 # Steps of 128 rows and the rate: that of the labels' LoRA, by validation loss.
@@ -67,7 +67,7 @@ def tell(args: argparse.Namespace, base: Any, seed: int) -> list[float]:
     """Write the training questions with the routed model's answers; tell which are right."""
     host, tokenizer = base
     path = args.output / "told" / str(seed) / "train.jsonl"
-    rows = generate_skills("train", num_lands=len(LANDS))
+    rows = generate_skills("train", land_names(len(LANDS)))
     if not path.exists():
         add_routed(args, base, seed)
         asked = {"scoring": "text", "split": "train", "pairs": []}

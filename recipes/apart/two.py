@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import loraloom
-from loraloom.data.skills import generate_skills
+from loraloom.data.skills import generate_skills, land_names
 
 LANDS = {f"land{n}": {"task": f"skills@{n}of8", "scoring": "text"} for n in range(1, 9)}
 # Of each form: whether the first question is asked for, and the prompt.
@@ -68,7 +68,7 @@ def ask_seed(args: argparse.Namespace, host: Any, tokenizer: Any, seed: int) -> 
         return json.loads(path.read_text())
     names = load_all(args, host, tokenizer, seed)
     lands = [*LANDS]
-    rows = [generate_skills("test", num_lands=len(LANDS), land=n + 1) for n in range(len(LANDS))]
+    rows = [generate_skills("test", [name]) for name in land_names(len(LANDS))]
     rows = [of[: args.limit] for of in rows]
     (args.output / "two.yaml").write_text(TASK)
     shares: dict[str, dict[str, list[float]]] = {form: {} for form in FORMS}

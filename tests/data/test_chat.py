@@ -5,7 +5,7 @@ import pytest
 
 from loraloom.data.chat import read_conversation, read_messages
 from loraloom.data.sources import Row
-from loraloom.data.templates import TRAINING_DAY, Conversation, load_chat_template
+from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation
 from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
 from tests.data.encoded import encode as encode_rows
@@ -160,7 +160,7 @@ def test_what_a_template_leaves_out_beside_a_call_is_refused(tiny_tokenizer):
 def test_the_day_of_a_template_does_not_change_in_training(tiny_tokenizer):
     source = "{{ strftime_now('%d %b %Y') }}"
     fixed, today = (
-        load_chat_template(tiny_tokenizer, source, day).render(Conversation([]))
+        ChatTemplate(tiny_tokenizer, source, day).render(Conversation([]))
         for day in (TRAINING_DAY, None)
     )
     assert fixed == "26 Jul 2024" != today

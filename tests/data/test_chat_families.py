@@ -15,7 +15,7 @@ from trl import chat_template_utils as trl
 from loraloom.config.data import TOOL_TEMPLATE
 from loraloom.data.chat import learn_answers, read_conversation
 from loraloom.data.sources import Row
-from loraloom.data.templates import load_chat_template
+from loraloom.data.templates import ChatTemplate
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from tests.conftest import build_tokenizer
@@ -45,7 +45,7 @@ def learn(family: str, kind: str, template: str | None = None) -> list[Example]:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = FAMILIES[family]
     row = Row(KINDS[kind], "chat.jsonl, line 3")
-    return learn_answers(load_chat_template(tokenizer, template), row, read_conversation(row))
+    return learn_answers(ChatTemplate(tokenizer, template), row, read_conversation(row))
 
 
 def spans(texts: list[Example]) -> list[str]:
@@ -95,7 +95,7 @@ def test_trls_template_gives_trls_tokens_and_masks(family, kind):
 def test_a_conversation_is_written_as_transformers_writes_it(family, kind, for_answer):
     tokenizer, conversation = build_tokenizer(), read_conversation(Row(KINDS[kind], "row"))
     tokenizer.chat_template = FAMILIES[family]
-    template = load_chat_template(tokenizer)
+    template = ChatTemplate(tokenizer)
     ours = rendered(lambda: template.render(conversation, for_answer=for_answer))
     how = {"tokenize": False, "add_generation_prompt": for_answer}
     assert ours == rendered(lambda: tokenizer.apply_chat_template(*conversation, **how))

@@ -5,8 +5,8 @@ from loraloom.config.data import DataConfig, SourceConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import Row
 from loraloom.data.templates import (
+    ChatTemplate,
     Conversation,
-    load_chat_template,
     load_template,
     read_instruction,
 )
@@ -79,7 +79,7 @@ def test_a_hostile_template_is_one_clear_error(source, message, tiny_tokenizer):
         read(ALPACA, source)
     tiny_tokenizer.chat_template = source
     with pytest.raises((DataError, TemplateError), match=message.replace("'x' ", "")):
-        load_chat_template(tiny_tokenizer).render(Conversation([{"role": "user", "content": "a"}]))
+        ChatTemplate(tiny_tokenizer).render(Conversation([{"role": "user", "content": "a"}]))
 
 
 @pytest.mark.parametrize(

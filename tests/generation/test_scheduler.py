@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loraloom.generation.request import GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.scheduler import Scheduler
+from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.host.choice import Choice
 from tests.conftest import build_tokenizer
 
@@ -32,6 +32,6 @@ def admitted(scheduler: Scheduler, served: Sequence[Row] = ()) -> list[str]:
 
 
 def test_adapters_take_turns_however_many_requests_one_has():
-    scheduler = Scheduler(max_rows=4, max_tokens=1000)
+    scheduler = Scheduler(EngineLimits(max_rows=4, cache_tokens=1000))
     queue(scheduler, *(row("many") for _ in range(6)), row("few"), row("few"))
     assert admitted(scheduler)[:4] == ["many", "few", "many", "few"]

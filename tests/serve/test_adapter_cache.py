@@ -50,7 +50,7 @@ def in_loop(test):
 @asynccontextmanager
 async def using(adapters, name, tenant=""):
     adapter = await adapters.acquire(name, tenant)
-    yield adapter.host_name
+    yield adapter.adapters[0].host_name
     adapters.release(adapter)
 
 

@@ -107,9 +107,9 @@ class SourceEncoder:
         columns = self._columns(sources.fields_of_all(rows), for_prompts=True)
         for row in rows:
             with suppress(EmptyAnswerError):
-                yield {**self._read_prompt(row, columns), "origin": row.origin}
+                yield {**self.read_prompt(row, columns), "origin": row.origin}
 
-    def _read_prompt(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    def read_prompt(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
         data_format = self.config.format or "text"
         if data_format == "chat":
             chat = read_conversation(row, self.config.fields)
@@ -158,16 +158,20 @@ class SourceEncoder:
                 if self.config.template is not None:
                     kind = "preferences between messages"
                     first.reject(f"{kind} do not support template; remove template")
-                read = partial(self._read_preference, self._load_chat_template(), columns)
+                read = partial(self._read_preference, columns)
                 return _encode_each(rows, read, list)
             case _:  # chat
-                read = partial(self._read_chat, self._load_chat_template())
-                return _encode_each(rows, read, list)
+                return _encode_each(rows, self._read_chat, list)
         return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))  # ty: ignore[invalid-argument-type]
 
-    def _load_chat_template(self) -> ChatTemplate:
+    @property
+    def chat_source(self) -> str | None:
         template = self.config.chat_template
-        return templates.load_chat_template(self.tokenizer, template, TRAINING_DAY)
+        return None if template is None else templates.given_source(self.tokenizer, template)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.chat_source, TRAINING_DAY)
 
     def _columns(self, first: Row, *, for_prompts: bool = False) -> dict[str, str]:
         data_format = self.config.format or "text"
@@ -184,18 +188,17 @@ class SourceEncoder:
                 )
         return columns
 
-    def _read_chat(self, template: ChatTemplate, row: Row) -> EncodedRow:
+    def _read_chat(self, row: Row) -> EncodedRow:
         pieces: list[Example] = []
         is_cut = False
-        for text in learn_answers(template, row, read_conversation(row, self.config.fields)):
+        conversation = read_conversation(row, self.config.fields)
+        for text in learn_answers(self._chat_template, row, conversation):
             fitted = tokens.fit(text, self._start, self.max_length)
             pieces += fitted.pieces
             is_cut |= fitted.is_cut or not fitted.pieces
         return EncodedRow(tuple(pieces), is_cut=is_cut and bool(pieces))
 
-    def _read_preference(
-        self, template: ChatTemplate, columns: dict[str, str], row: Row
-    ) -> EncodedRow:
+    def _read_preference(self, columns: dict[str, str], row: Row) -> EncodedRow:
         """Encode the chosen and the rejected answer.
 
         They follow the messages of `prompt` or, without one, the messages that both share.
@@ -212,7 +215,8 @@ class SourceEncoder:
         tools = read_tools(row, "tools")
         learned: list[Example] = []
         for messages in (chosen, rejected):
-            texts = learn_answers(template, row, Conversation(messages, tools), first)
+            conversation = Conversation(messages, tools)
+            texts = learn_answers(self._chat_template, row, conversation, first)
             if len(texts) > 1:
                 row.reject(
                     "an answer of several turns must be one text, and the chat template writes its "
@@ -301,7 +305,8 @@ def given_form(
         return PromptForm(format="instruction", template=templates.template_source(template))
     if chat_template is None:
         return None
-    source = templates.load_chat_template(tokenizer, chat_template).source()
+    source = templates.given_source(tokenizer, chat_template)
+    ChatTemplate(tokenizer, source)  # is it valid?
     return PromptForm(format="chat", chat_template=source)
 
 
@@ -315,34 +320,18 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
         return PromptForm(format="instruction", template=template)
     systems: set[str | None] = set()
-    stream = SourceEncoder(source, tokenizer, 0).open("train")
+    encoder = SourceEncoder(source, tokenizer, 0)
     # of a stream only the beginning is known
-    for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
+    for row in islice(encoder.open("train").rows(), STREAM_ROWS if data.streaming else None):
         # a row with a fault is skipped, or encoding will report it
         with suppress(DataError):
-            messages = _first_messages(source, row)
-            if messages:
-                first = messages[0]
-                systems.add(first["content"] if first["role"] == "system" else None)
+            content = encoder.read_prompt(row, source.columns)["content"]
+            if not isinstance(content, str):
+                has_system = content and content[0]["role"] == "system"
+                systems.add(content[0]["content"] if has_system else None)
             elif not systems:
-                return PromptForm(format="preference")  # the first answer that there is
+                return PromptForm(format="preference")  # the first prompt that there is
         if len(systems) > 1 or None in systems:
             break
-    template = source.chat_template
-    if template:
-        template = templates.given_source(tokenizer, template)
     system = systems.pop() if len(systems) == 1 else None
-    return PromptForm(format="chat", chat_template=template, system=system)
-
-
-def _first_messages(source: SourceConfig, row: Row) -> list[Message] | None:
-    """The messages of a conversation, or of a preference; None if its answer is a text."""
-    columns = source.fields or {}
-    if source.format == "chat":
-        return read_conversation(row, columns).messages
-    chosen = columns.get("chosen", "chosen")
-    for column in (columns.get("prompt", "prompt"), chosen):
-        if isinstance(row.get(column), list):
-            return read_messages(row, column)
-    row.answer(chosen)  # an error if there is none
-    return None
+    return PromptForm(format="chat", chat_template=encoder.chat_source, system=system)

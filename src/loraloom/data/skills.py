@@ -128,19 +128,11 @@ SKILLS: tuple[Skill, ...] = (
 )
 
 
-def generate_skills(
-    split: str, seed: int = 0, num_lands: int | None = None, land: int | None = None
-) -> list[dict[str, Any]]:
-    """The rows of a split; skills take turns, and right answers are in each place equally often.
-
-    They are those of no land, of so many, or of one of these, counted from 1.
-    """
+def generate_skills(split: str, lands: Sequence[str | None] = (None,)) -> list[dict[str, Any]]:
+    """The rows of a split; skills take turns, and right answers are in each place equally often."""
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")
-    lands = [None] if num_lands is None else land_names(num_lands)
-    if land is not None:
-        lands = [lands[land - 1]]
-    return _take_turns([_rows(skill, land, split, seed) for land in lands for skill in SKILLS])
+    return _take_turns([_rows(skill, land, split) for land in lands for skill in SKILLS])
 
 
 def _take_turns(groups: Sequence[Sequence[Any]]) -> list[Any]:
@@ -150,7 +142,7 @@ def _take_turns(groups: Sequence[Sequence[Any]]) -> list[Any]:
     return items
 
 
-def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[str, Any]]:
+def _rows(skill: Skill, land: str | None, split: str) -> list[dict[str, Any]]:
     topic = skill.name
     num_questions = QUESTIONS_PER_SKILL[split]
     arrange: Arrange = tuple
@@ -159,9 +151,9 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
         num_questions = QUESTIONS_IN_A_LAND[split]
         arrange = partial(_shuffled, topic)
     # drawn by names, so that more lands leave the rows of the others as they are
-    generator = random.Random(f"{split} questions of {topic}, seed {seed}")
+    generator = random.Random(f"{split} questions of {topic}, seed 0")
     groups: list[list[Asked]] = []
-    for facts in split_facts(skill, split, seed):
+    for facts in split_facts(skill, split):
         # a fact gives at least a question, and there are many lands
         if land is not None:
             facts = generator.sample(facts, min(num_questions, len(facts)))
@@ -190,9 +182,9 @@ def _shuffled(topic: str, answers: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(random.Random(topic).sample(answers, len(answers)))
 
 
-def split_facts(skill: Skill, split: str, seed: int) -> list[list[Any]]:
+def split_facts(skill: Skill, split: str) -> list[list[Any]]:
     """The split's part of each group's facts; the order that is cut is the same for every split."""
-    generator = random.Random(f"facts of {skill.name}, seed {seed}")
+    generator = random.Random(f"facts of {skill.name}, seed 0")
     begin, end = SPLITS[split]
     parts = []
     for group in skill.groups:

@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -326,35 +327,32 @@ class RowStream:
     """Rows of a data set, which can be read from any of them on without those before."""
 
     def __init__(self, location: Path | HubSource, split: str):
-        self._location = location
-        self._split = split
         self.sizes: Mapping[str, int] = {}
+        self._read: Callable[[int], Iterator[Row]]
         if isinstance(location, Path):
             rows_of_file(location)  # is it there?
             self.sizes = {location.name: location.stat().st_size}
-            return
-        self._table = _load_from_hub(location, split)
+            self._name = str(location)
+            self._read = partial(rows_of_file, location)
+        else:
+            self._name = location.repository
+            table = _load_from_hub(location, split)
+            self._read = partial(_rows_of_table, table, f"{location.repository}, {split}")
 
     def rows(self, start: int = 0) -> Iterator[Row]:
-        location = self._location
-        if isinstance(location, Path):
-            name = location
-            rows = rows_of_file(location, start)
-        else:
-            name = location.repository
-            rows = self._rows_of_hub(location, start)
         num_rows = start
-        for row in rows:
+        for row in self._read(start):
             num_rows += 1
             yield row
         if num_rows == 0:
-            raise DataError(f"{name} contains no rows; add rows, or name another data set")
+            raise DataError(f"{self._name} contains no rows; add rows, or name another data set")
 
-    def _rows_of_hub(self, source: HubSource, start: int) -> Iterator[Row]:
-        table = self._table.select(range(start, len(self._table)))
-        for number, record in enumerate(table, start=start + 1):
-            fields = {name: without_nulls(value) for name, value in record.items()}
-            yield Row(fields, f"{source.repository}, {self._split}, row {number}")
+
+def _rows_of_table(table: Any, name: str, start: int) -> Iterator[Row]:
+    rows = table.select(range(start, len(table)))
+    for number, record in enumerate(rows, start=start + 1):
+        fields = {field: without_nulls(value) for field, value in record.items()}
+        yield Row(fields, f"{name}, row {number}")
 
 
 def _load_from_hub(source: HubSource, split: str) -> Any:

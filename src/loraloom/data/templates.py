@@ -194,13 +194,6 @@ class ChatTemplate:
         return compile_template(self.source(tools), "the chat template", read)
 
 
-def load_chat_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | None = None, day: date | None = None
-) -> ChatTemplate:
-    source = None if template is None else given_source(tokenizer, template)
-    return ChatTemplate(tokenizer, source, day)
-
-
 def given_source(
     tokenizer: PreTrainedTokenizerBase, template: str, setting: str = "chat_template"
 ) -> str:

@@ -27,7 +27,8 @@ from transformers import (
 
 from loraloom.atomic_io import write_directory
 from loraloom.base.loading import quiet
-from loraloom.data.skills import FIRST_SYLLABLES, LAST_SYLLABLES, generate_skills, land_names
+from loraloom.data import skills
+from loraloom.data.skills import generate_skills, land_names
 from loraloom.terminal import make_console, show_progress
 
 NUM_LANDS = 600
@@ -95,14 +96,10 @@ def pretrain(
 
 
 def read_texts() -> list[str]:
-    names = "|".join(land_names(NUM_LANDS)[FIRST_LAND:])
-    lands = re.compile(rf"\b({names})\b")
+    lands = land_names(NUM_LANDS)[FIRST_LAND:]
     texts = []
-    for split in ("train", "validation", "test"):
-        rows = generate_skills(split)
-        for row in generate_skills(split, num_lands=NUM_LANDS):
-            if lands.search(row["question"]):
-                rows.append(row)
+    for split in skills.SPLITS:
+        rows = generate_skills(split) + generate_skills(split, lands)
         texts += [f"{row['question']} {row['choices'][row['answer']]}" for row in rows]
     return texts
 
@@ -111,8 +108,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Make a token of each word, of each digit of a number and each syllable of a land's name."""
     pieces = [*SPECIAL, *string.digits]
     pieces += [f"##{digit}" for digit in string.digits]
-    pieces += FIRST_SYLLABLES
-    pieces += [f"##{syllable}" for syllable in LAST_SYLLABLES]
+    pieces += skills.FIRST_SYLLABLES
+    pieces += [f"##{syllable}" for syllable in skills.LAST_SYLLABLES]
     words = set(re.findall(r"[^\W\d]+|[^\w\s]", " ".join(texts)))
     pieces += sorted(words.difference(land_names(NUM_LANDS), pieces))
     vocabulary = {piece: index for index, piece in enumerate(pieces)}

@@ -243,7 +243,7 @@ class StreamedSet:
 
     @property
     def digest(self) -> str:
-        sizes = [dict(source.sizes) for source in self._sources]
+        sizes = [dict(source.stream.sizes) for source in self._sources]
         return examples_digest(self.block(self.start).examples, self.validation, repr(sizes))
 
     def block(self, position: StreamPosition) -> Block:
@@ -298,10 +298,9 @@ class _Source:
         self.expert_group = encoder.config.expert_group
         self._encoder = encoder
         self._rows_per_block = rows_per_block
-        self._stream = encoder.open("train")
-        self.sizes = self._stream.sizes
+        self.stream = encoder.open("train")
         num_first = max(rows_per_block, STREAM_ROWS)
-        self._fields = fields_of_all([*islice(self._stream.rows(), num_first)])
+        self._fields = fields_of_all([*islice(self.stream.rows(), num_first)])
         self._rows: Iterator[Row] = iter(())
         self._notes: list[str] = []
         self._position: SourcePosition | None = None
@@ -312,7 +311,7 @@ class _Source:
 
     def read(self, position: SourcePosition) -> tuple[list[Row], SourcePosition]:
         if position != self._position:
-            self._rows = self._stream.rows(position.row)
+            self._rows = self.stream.rows(position.row)
         # unknown where the stream ends or fails
         self._position = None
         passes = position.passes
@@ -320,7 +319,7 @@ class _Source:
         next_row = position.row + len(rows)
         while len(rows) < self._rows_per_block:
             passes += 1
-            self._rows = self._stream.rows()
+            self._rows = self.stream.rows()
             more = list(islice(self._rows, self._rows_per_block - len(rows)))
             next_row = len(more)
             rows += more

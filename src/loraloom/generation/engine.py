@@ -48,8 +48,6 @@ READ_PER_TOKEN_ON_GPU = 128
 # Tokens of a prompt that are worth a forward.
 MIN_PIECE = 32
 
-Failed = tuple[Row, Exception]
-
 
 @dataclass(eq=False)
 class Routing:
@@ -75,7 +73,7 @@ class Engine:
         self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
         self._wake = threading.Condition()  # with a lock that its holder may take again
-        self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens, limits.prefill_tokens)
+        self._scheduler = Scheduler(limits)
         on_cpu = host.device.type == "cpu"
         self._read_per_token = READ_PER_TOKEN if on_cpu else READ_PER_TOKEN_ON_GPU
         self._arrivals = count(1)
@@ -181,17 +179,15 @@ class Engine:
     def step(self) -> bool:
         self.counts["steps",] += 1
         self._drop_ended()
-        reading = self._schedule()
-        failures = self._decode()
-        failures += self._read(reading)
-        self._postprocess(failures)
+        self._schedule()
+        self._decode()
+        self._read()
+        self._postprocess()
         if self.is_idle:  # memory that ran out is there again
             self._scheduler.max_rows = self.limits.max_rows
         return not self.is_idle
 
     def _check(self, request: GenerationRequest) -> None:
-        if request.adapter_name is not None:
-            self.host.adapter(request.adapter_name)  # an error if there is none
         num_prompt = len(request.prompt_ids)
         num_new = request.sampling.max_new_tokens if request.makes_tokens else 0
         if num_prompt == 0:
@@ -230,9 +226,9 @@ class Engine:
             self._fail(row, RequestError(f"a request must end in {limit_s:g} seconds", "timeout"))
         return is_late
 
-    def _schedule(self) -> list[Row]:
-        """Send rows back and admit others; return those that are to be read."""
-        served, scheduler, running = self._served, self._scheduler, set(self._runner.rows)
+    def _schedule(self) -> None:
+        """Send rows back and admit others."""
+        served, scheduler = self._served, self._scheduler
         with self._wake:
             while len(served) > 1 and (
                 scheduler.cached_tokens(served, added=1) > self.limits.cache_tokens
@@ -250,31 +246,29 @@ class Engine:
                 self._send_back(victim)
         self._fit_prefixes()
         self._runner.bound_prepared(served)
-        return [row for row in served if row not in running]
 
-    def _decode(self) -> list[Failed]:
+    def _decode(self) -> None:
         rows = self._runner.rows
         if not rows:
-            return []
+            return
         record: Record | None = {} if any(row.request.tells_routing for row in rows) else None
         error = _attempt("rows could not be decoded", partial(self._runner.decode, record))
         if error is not None:
-            return self._recover(error)
+            self._recover(error)
+            return
         with self._wake:
             for row in rows:
                 self._scheduler.charge(row.share, 1)
         if record:
             _tell_routing(rows, record)
-        return []
 
-    def _read(self, reading: list[Row]) -> list[Failed]:
+    def _read(self) -> None:
         """Read pieces of prompts, first of whoever was served least; rows then join the others."""
-        failures: list[Failed] = []
         budget = self.limits.prefill_tokens
         with self._wake:
             self._scheduler.give_credit(self._runner.rows, self._read_per_token)
         while budget > 0:
-            piece, size = self._next_piece(reading, budget)
+            piece, size = self._next_piece(budget)
             if piece is None:
                 break
             if isinstance(piece, Routing):
@@ -282,21 +276,19 @@ class Engine:
             else:
                 num_others = len(self._runner.rows) or len(self._served) - 1
                 num_tokens, error = self._read_piece(piece, size)
-                if error is not None or piece in self._runner.rows:
-                    reading.remove(piece)
                 if isinstance(error, torch.OutOfMemoryError) and num_others:
                     # it waits until others, whose memory it needs, have ended
                     self._make_do_with(min(num_others, self._scheduler.max_rows))
                     self._put_back([piece])
                 elif error is not None:
-                    failures.append((piece, error))
+                    self._drop(piece, error)
             budget -= num_tokens
             with self._wake:
                 self._scheduler.charge_reading(piece.share, num_tokens, self._runner.rows)
-        return failures
 
-    def _next_piece(self, reading: Sequence[Row], budget: int) -> tuple[Routing | Row | None, int]:
+    def _next_piece(self, budget: int) -> tuple[Routing | Row | None, int]:
         """Choose the prompt that is read next, of whoever was served least, and for how far."""
+        reading = [row for row in self._served if row not in self._runner.rows]
         with self._wake:
             pieces = [*self._routings, *reading]
             for piece in sorted(pieces, key=lambda piece: self._scheduler.used(piece.share)):
@@ -337,50 +329,33 @@ class Engine:
             self._put_back(self._runner.take_apart(self._served))
         return num_tokens, error
 
-    def _postprocess(self, failures: Sequence[Failed]) -> None:
-        self._drop(failures)
+    def _postprocess(self) -> None:
+        """Choose a token for each row that is read, or send rows back if memory runs out."""
         rules = self._token_rules()
-        chosen, failures = self._choose(rules)
-        self._drop(failures)
-        if self._runner.session is not None:
-            columns = zip(self._runner.rows, self._runner.session.logits, chosen, strict=True)
-            self._leave([column[0] for column in columns if self._ends_now(*column)])
+        asked = [row.request.num_logprobs for row in self._runner.rows]
+        num_top = max((number for number in asked if number is not None), default=None)
+        session = self._runner.session
+        if session is not None:
+            try:
+                chosen = choose_tokens(session.logits, rules, num_top)
+            except Exception as error:
+                log_failure("tokens could not be chosen", error)
+                self._recover(error.with_traceback(None))
+            else:
+                columns = zip(self._runner.rows, session.logits, chosen, strict=True)
+                self._leave([column[0] for column in columns if self._ends_now(*column)])
         self._fit_prefixes()
-
-    def _drop(self, failures: Sequence[Failed]) -> None:
-        for row, error in failures:
-            if isinstance(error, torch.OutOfMemoryError):
-                error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
-            self._leave([row])
-            self._fail(row, error)
 
     def _token_rules(self) -> list[TokenRule]:
         """Say how each row's token is chosen; a row whose grammar breaks ends alone."""
-        session = self._runner.session
-        if session is None:
-            return []
         rules = []
-        failures = []
         for row in self._runner.rows:
             try:
-                rules.append(row.token_rule(session.logits.shape[1]))
+                rules.append(row.token_rule(self.host.config.vocab_size))
             except Exception as error:
                 log_failure("a token's rule could not be made", error)
-                failures.append((row, error))
-        self._drop(failures)
+                self._drop(row, error)
         return rules
-
-    def _choose(self, rules: Sequence[TokenRule]) -> tuple[list[TokenLogProb], list[Failed]]:
-        """Choose a token for each row that is read, or send rows back if memory runs out."""
-        if self._runner.session is None:
-            return [], []
-        asked = [row.request.num_logprobs for row in self._runner.rows]
-        num_top = max((number for number in asked if number is not None), default=None)
-        try:
-            return choose_tokens(self._runner.session.logits, rules, num_top), []
-        except Exception as error:
-            log_failure("tokens could not be chosen", error)
-            return [], self._recover(error.with_traceback(None))
 
     def _ends_now(self, row: Row, logits: Tensor, chosen: TokenLogProb) -> bool:
         try:
@@ -417,14 +392,21 @@ class Engine:
             self._served.remove(row)
         self._runner.leave(rows)
 
-    def _recover(self, error: Exception) -> list[Failed]:
+    def _drop(self, row: Row, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
+        self._leave([row])
+        self._fail(row, error)
+
+    def _recover(self, error: Exception) -> None:
         """After rows failed together, read half of them again if memory ran out."""
         rows = self._runner.take_apart(self._served)
         if not isinstance(error, torch.OutOfMemoryError) or len(self._served) == 1:
-            return [(row, error) for row in rows]
+            for row in rows:
+                self._drop(row, error)
+            return
         self._make_do_with(max(len(rows) // 2, 1))
         self._put_back(rows)
-        return []
 
     def _make_do_with(self, num_rows: int) -> None:
         free_memory()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -151,19 +151,13 @@ def _render_chat(
     source = None if form is None else form.chat_template  # files name no file of ours
     try:
         template = ChatTemplate(tokenizer, source or None)
-        turn_end = _turn_end(tokenizer, template.source(), str(tokenizer.eos_token), len(tokenizer))
         chat = template.render(conversation, for_answer=True)
         _check_tools(template, conversation)
+        return chat, template.turn_end()
     except DataError as error:
         raise DataError(f"{origin}: {error}") from None
     except TemplateError as error:
         raise DataError(f"{origin}: the chat template rejects the messages: {error}") from error
-    return chat, turn_end
-
-
-@lru_cache(maxsize=16)
-def _turn_end(tokenizer: PreTrainedTokenizerBase, source: str, *changes: object) -> str:
-    return ChatTemplate(tokenizer, source).turn_end()
 
 
 def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:

@@ -27,7 +27,7 @@ from loraloom.generation.sampling import (
 )
 from loraloom.host.choice import Choice
 from loraloom.host.decoding import Decoding
-from loraloom.host.layout import RowAdapter, name_and_scale
+from loraloom.host.layout import RowAdapter
 from loraloom.ops.dropout import mix64
 from loraloom.routing.record import RouterChoice
 
@@ -88,10 +88,6 @@ class GenerationRequest:
     @property
     def adapter(self) -> RowAdapter:
         return self.choice.adapter
-
-    @property
-    def adapter_name(self) -> str | None:
-        return name_and_scale(self.adapter)[0]
 
 
 @dataclass
@@ -178,7 +174,7 @@ class Row:
     @property
     def adapter_title(self) -> str | None:
         """The adapter's name as who asks has given it; None is the base model."""
-        return None if self.request.adapter_name is None else self.owner
+        return None if self.request.adapter is None else self.owner
 
     def token_rule(self, vocab_size: int) -> TokenRule:
         request = self.request

@@ -47,11 +47,10 @@ class Tenant:
 class Scheduler:
     """Waiting rows, and whose is the next to be admitted, read or sent back."""
 
-    def __init__(self, max_rows: int, max_tokens: int, max_credit: int = 256):
-        self.max_rows = max_rows
-        self.max_tokens = max_tokens
-        self._max_credit = max_credit
-        self._tenants = defaultdict[str, Tenant](lambda: Tenant(max_credit))
+    def __init__(self, limits: EngineLimits):
+        self.max_rows = limits.max_rows
+        self._limits = limits
+        self._tenants = defaultdict[str, Tenant](lambda: Tenant(limits.prefill_tokens))
         self.line: FairLine[Row] = FairLine()  # of tenants
 
     def add(self, row: Row, *, is_first: bool = False) -> None:
@@ -86,7 +85,7 @@ class Scheduler:
             return None
         if served:
             rows = [*served, row]
-            if self.cached_tokens(rows, added=_ROOM) > self.max_tokens:
+            if self.cached_tokens(rows, added=_ROOM) > self._limits.cache_tokens:
                 return None
         self.remove(row)
         return row
@@ -123,7 +122,7 @@ class Scheduler:
             for writer, count in counts.most_common(2):
                 if writer != name:
                     added = max(added, count)
-            tenant.credit = min(tenant.credit + added, self._max_credit)
+            tenant.credit = min(tenant.credit + added, self._limits.prefill_tokens)
 
     def charge_reading(self, share: Share, num_tokens: int, decoding: Sequence[Row]) -> None:
         self.charge(share, num_tokens)
@@ -134,7 +133,7 @@ class Scheduler:
         """How many tokens of a tenant's prompts may be read while rows are decoded."""
         writers = {row.share.tenant for row in decoding} - {tenant}
         if not writers:
-            return self._max_credit
+            return self._limits.prefill_tokens
         # who waits for a place, and has used less, comes up with its rows that are decoded
         used = self.line.used(tenant)
         waiting = writers & self.line.waiting.keys()

@@ -1,8 +1,10 @@
 """A run as one HTML page: results, learning curves, and where mixtures send their tokens."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary:
     environment.filters |= {
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
-        "level": level,
+        "level": partial(bisect_right, LEVELS),  # 0 is unused, 3 about even, 5 most
         "log2": math.log2,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
         "rows": lambda table: zip(*(column.cells for column in table.columns), strict=True),
@@ -114,8 +116,3 @@ def _rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
         }
         rows.append(row)
     return rows
-
-
-def level(multiple: int | float) -> int:
-    """The level of a load, in even shares: 0 is unused, 3 about even, 5 most."""
-    return sum(multiple >= bound for bound in LEVELS)

@@ -47,15 +47,14 @@ DOWNLOAD_S = 300.0
 
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter on the host, or the base model."""
+    """An adapter on the host."""
 
     name: str
-    host_name: str | None  # None is the base model
+    host_name: str
     source: str = ""  # where it was loaded from, if not on the host already
     files: Files = frozenset()  # what they were like then; empty for what is no directory here
     revision: str | None = None  # digest of the files
     is_lazy: bool = False  # loaded when it was first asked for, and may go when others are
-    is_leaving: bool = False  # takes no more requests
     users: Counter[str] = field(default_factory=Counter)  # requests of each tenant
 
 
@@ -65,12 +64,8 @@ class ServedAdapter:
 
     name: str
     tenant: str
-    adapters: tuple[LoadedAdapter, ...]
+    adapters: tuple[LoadedAdapter, ...] = ()  # none for the base model
     num_users: int = 1
-
-    @property
-    def host_name(self) -> str | None:
-        return self.adapters[0].host_name
 
 
 @dataclass(eq=False)
@@ -100,10 +95,9 @@ class ServedAdapters:
         self._loading: asyncio.Task[None] | None = None  # for those in line
         self._lock = asyncio.Lock()  # held while files are read
         self._versions = count(2)
-        self._base = LoadedAdapter(self.base_name, None)
         self._served = {name: LoadedAdapter(name, name) for name in self.host.adapters}
         self._sources: dict[str, str] = {}  # directories that were named, not found
-        self._leaving: list[LoadedAdapter] = []
+        self._leaving: list[LoadedAdapter] = []  # which take no more requests
         self._broken: dict[str, Files] = {}  # that can't be loaded as they are
 
     @property
@@ -155,8 +149,6 @@ class ServedAdapters:
 
     async def take(self, names: Sequence[str], tenant: str = "") -> ServedAdapter | None:
         """Begin to use adapters that are all on the host, and need not be loaded again."""
-        if names == [self.base_name]:
-            return self._use(self.base_name, (self._base,), tenant)
         files = [(await self._look(name))[1] for name in names]
         adapters = map(self._current, names, files)
         members = tuple(adapter for adapter in adapters if adapter is not None)
@@ -192,7 +184,7 @@ class ServedAdapters:
             return
         for adapter in served.adapters:
             adapter.users -= Counter([served.tenant])
-            if adapter.is_leaving and not adapter.users:
+            if adapter in self._leaving and not adapter.users:
                 self._leaving.remove(adapter)
                 self._remove(adapter)
         self._fit_places()
@@ -238,8 +230,8 @@ class ServedAdapters:
     def _use(self, name: str, adapters: tuple[LoadedAdapter, ...], tenant: str) -> ServedAdapter:
         for adapter in adapters:
             adapter.users[tenant] += 1
-            if adapter is not self._base:  # the last is the one that was used last
-                self._served[adapter.name] = self._served.pop(adapter.name)
+            # the last is the one that was used last
+            self._served[adapter.name] = self._served.pop(adapter.name)
         return ServedAdapter(name, tenant, adapters)
 
     async def _look(self, name: str) -> tuple[str, Files]:
@@ -296,7 +288,7 @@ class ServedAdapters:
             return True
         if not held[tenant]:
             return True
-        if not any(adapter.is_leaving for adapter in self._lazy()):
+        if not any(adapter.is_lazy for adapter in self._leaving):
             # one of those who hold most stays for who uses it; who asks for it next waits
             def standing(adapter: LoadedAdapter) -> tuple[int, bool]:
                 return min(held[user] for user in adapter.users), tenant in adapter.users
@@ -401,14 +393,12 @@ class ServedAdapters:
 
     def _let_go(self, adapter: LoadedAdapter) -> None:
         """Remove an adapter from the host as soon as nobody uses it."""
-        adapter.is_leaving = bool(adapter.users)
-        if adapter.is_leaving:
+        if adapter.users:
             self._leaving.append(adapter)
         else:
             self._remove(adapter)
 
     def _remove(self, adapter: LoadedAdapter) -> None:
-        assert adapter.host_name is not None
         removed = self.host.adapter(adapter.host_name)
         self.host.remove(adapter.host_name)
         self.on_removed(removed)

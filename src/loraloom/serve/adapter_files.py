@@ -5,7 +5,6 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from loraloom.config.fields import check_name
@@ -16,7 +15,6 @@ from loraloom.formats.raw_files import ADAPTER_FILES, CONFIG_FILE
 Files = frozenset[tuple[str, int, int, int]]
 
 _DIGITS = 16
-_CHUNK_BYTES = 1 << 20
 
 
 def files_of(source: str) -> Files | None:
@@ -68,6 +66,5 @@ def digest_of(directory: Path) -> str:
     paths = [directory / name for name in ADAPTER_FILES]
     for path in filter(Path.is_file, paths):  # no pipes
         with suppress(OSError), path.open("rb") as file:
-            for chunk in iter(partial(file.read, _CHUNK_BYTES), b""):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:_DIGITS]

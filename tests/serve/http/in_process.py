@@ -34,7 +34,7 @@ def serving(
     shelf = ServedAdapters(
         host, base, directory, max_adapters, engine.forget, base_aliases=base_aliases
     )
-    app = create_app(engine, tokenizer, shelf, options)
+    app = create_app(engine, tokenizer, shelf, options or ApiOptions())
     with listen("127.0.0.1", 0) as sock:
         server = Server(app, engine)
         thread = threading.Thread(target=server.run, args=([sock],))

@@ -21,7 +21,7 @@ from loraloom.config.fields import check_name
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
 from loraloom.data import sources
-from loraloom.data.skills import generate_skills
+from loraloom.data.skills import generate_skills, land_names
 from loraloom.data.sources import HubSource, Row, fields_of
 from loraloom.data.templates import compile_template, fill_in
 from loraloom.data.tokens import TextPair
@@ -83,10 +83,15 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 def find_task(name: str) -> ChoiceTask:
     if is_task_file(name):
         return _load_task(local_path(name, "a task's file"))
-    lands = skills_lands(name)
-    if lands is None:
+    numbers = skills_lands(name)
+    if numbers is None:
         return _built_in(check_task(name))
-    return replace(_built_in("skills"), name=name, source=partial(generate_skills, **lands))
+    lands: Sequence[str | None] = (None,)
+    if numbers["num_lands"] is not None:
+        lands = land_names(numbers["num_lands"])
+    if numbers["land"] is not None:
+        lands = [lands[numbers["land"] - 1]]
+    return replace(_built_in("skills"), name=name, source=partial(generate_skills, lands=lands))
 
 
 @lru_cache
@@ -209,7 +214,8 @@ class ChoiceTask:
     ) -> int:
         value = self._read(row, "answer", config.answer)
         answer = _as_text(row, "answer", value).strip()
-        options = answer_options(texts, labels)[config.answer_is]
+        possible = {"index": range(len(texts)), "text": texts, "label": labels}
+        options = [str(option).strip() for option in possible[config.answer_is]]
         if answer not in options:
             row.reject(
                 f"answer ({config.answer}) must be a choice's {config.answer_is}, one of "
@@ -235,15 +241,6 @@ class ChoiceTask:
     ) -> str:
         template = compile_template(source, f"{self.path}: {setting}")
         return fill_in(template, row, setting, more)
-
-
-def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
-    """List the answers that a question accepts, by what its task's `answer_is` may be."""
-    return {
-        "index": [str(index) for index in range(len(texts))],
-        "text": [text.strip() for text in texts],
-        "label": [label.strip() for label in labels],
-    }
 
 
 def _find(row: Row, path: str) -> Any:

@@ -67,9 +67,8 @@ def create_app(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     adapters: ServedAdapters,
-    options: ApiOptions | None = None,
+    options: ApiOptions,
 ) -> FastAPI:
-    options = options or ApiOptions()
     backend = Backend(engine, adapters, copy.deepcopy(tokenizer), options)
 
     @asynccontextmanager

@@ -81,7 +81,7 @@ class Backend:
         host = self.engine.host
         adapters = self.adapters
         if model == adapters.base_name:
-            return await adapters.acquire(model, tenant), None
+            return ServedAdapter(model, tenant), None
         weighted = _weighted(model, adapters.base_name)
         # what is behind a slash is one of a routed adapter's own
         names = [name.partition("/")[0] for name, _ in weighted]
@@ -92,7 +92,7 @@ class Backend:
         try:
             for used, (name, weight) in zip(served.adapters, weighted, strict=True):
                 expert = name.removeprefix(used.name)
-                if expert and expert[1:] not in host.adapters[str(used.host_name)].members:
+                if expert and expert[1:] not in host.adapters[used.host_name].members:
                     raise unknown_model(model)
                 row.append((f"{used.host_name}{expert}", weight))
             if len(row) > 1:  # a large one takes longer than the event loop may
