@@ -53,7 +53,7 @@ def check_has_experts(config: AdapterConfig, base_layers: Sequence[BaseLayer]) -
 class MixtureConfig(LowRankConfig):
     """What methods share whose routers weigh a number of experts."""
 
-    num_experts: Any = 8
+    num_experts: Any = 8  # or a number for each layer, where a method says so
 
     @property
     def experts_per_router(self) -> int:
@@ -176,7 +176,7 @@ def router_on(base: BaseProjection, num_experts: int, dtype: torch.dtype, seed: 
 class RoutedProjection(LoraProjection):
     """The LoRA experts of a projection, and the router whose `route` chooses among them.
 
-    Without a number of them, the ranks of one LoRA are its experts.
+    If `num_experts` is None, each rank of one LoRA is an expert.
     """
 
     def __init__(
@@ -196,20 +196,21 @@ class RoutedProjection(LoraProjection):
 
     def choose(self, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Choice:
         """Choose experts by the logits, [T, E]; a method of yours may look at x, [T, I], too."""
-        return *self.route(logits), {}
+        selected, weights = self.route(logits)
+        return selected, weights, {}
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Weigh the columns of the token's experts, and zero all others."""
+        """Between A and B, weigh the columns of the token's experts, and zero all others."""
         logits = router_logits(hidden_states, self.router.weight)
-        selected, chosen, extra = self.choose(logits, hidden_states, tokens)
-        tokens.record_routing(logits, selected, chosen, self.path, extra)
+        selected, expert_weights, extra = self.choose(logits, hidden_states, tokens)  # [T, K] each
+        tokens.record_routing(logits, selected, expert_weights, self.path, extra)
         # The record is of what the router wanted; an expert that is full adds nothing.
         beyond = tokens.beyond_capacity(selected, self.capacity)
         if beyond is not None:
-            chosen = chosen.masked_fill(beyond, 0)
-        weights = torch.zeros_like(logits).scatter(1, selected, chosen)  # (T, E)
+            expert_weights = expert_weights.masked_fill(beyond, 0)
+        weights = torch.zeros_like(logits).scatter(1, selected, expert_weights)  # [T, E]
         columns = weights.to(low_rank.dtype)
         columns_per_expert = low_rank.shape[1] // weights.shape[1]
         if columns_per_expert > 1:
             columns = columns.repeat_interleave(columns_per_expert, dim=1)
-        return low_rank * columns  # (T, S)
+        return low_rank * columns  # [T, S]

@@ -151,13 +151,13 @@ def score_questions(
     fitted: list[list[TokenPair]] = []
     truncated: list[bool] = []
     for question, pairs in zip(questions, encode(scorer.tokenizer, questions), strict=True):
-        name = f"{question.task}, question {question.index}: a choice"
-        fitted.append([fit_pair(pair, max_length, name) for pair in pairs])
+        subject = f"{question.task}, question {question.index}: a choice"
+        fitted.append([fit_pair(pair, max_length, subject) for pair in pairs])
         truncated.append(fitted[-1] != pairs)
     scores = scorer.score(scoring.group_rows(scorer.host, fitted), fitted, **observers)
     return {
-        name: list(map(QuestionScore, questions, log_likelihoods, truncated))
-        for name, log_likelihoods in scores.items()
+        adapter: list(map(QuestionScore, questions, log_likelihoods, truncated))
+        for adapter, log_likelihoods in scores.items()
     }
 
 

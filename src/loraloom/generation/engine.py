@@ -238,7 +238,7 @@ class Engine:
             while True:
                 while (row := scheduler.admit(served)) is not None:
                     served.append(row)
-                # those that have made enough of their turn, or not begun
+                # These have had their turn, or have not begun it.
                 movable = [row for row in served if row.length >= row.settled_length]
                 victim = scheduler.victim(served, movable)
                 if victim is None:
@@ -322,10 +322,10 @@ class Engine:
         if not row.new_ids:
             self.counts["prompt_tokens", row.owner] += row.length
             self.counts["prompt_tokens_cached", row.owner] += row.num_known
-        turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
+        turn = max(MIN_TURN, (row.length - row.num_known) // self._read_per_token)
         row.settled_length = row.length + turn
         error = _attempt("a row could not join the others", partial(self._runner.join, row))
-        if error is not None:  # sessions may be joined in some layers alone
+        if error is not None:  # some layers' caches may be joined already: all are read again
             self._put_back(self._runner.take_apart(self._served))
         return num_tokens, error
 
@@ -342,8 +342,13 @@ class Engine:
                 log_failure("tokens could not be chosen", error)
                 self._recover(error.with_traceback(None))
             else:
-                columns = zip(self._runner.rows, session.logits, chosen, strict=True)
-                self._leave([column[0] for column in columns if self._ends_now(*column)])
+                ended = []
+                for row, logits, token in zip(
+                    self._runner.rows, session.logits, chosen, strict=True
+                ):
+                    if not self._accept(row, logits, token):
+                        ended.append(row)
+                self._leave(ended)
         self._fit_prefixes()
 
     def _token_rules(self) -> list[TokenRule]:
@@ -357,25 +362,27 @@ class Engine:
                 self._drop(row, error)
         return rules
 
-    def _ends_now(self, row: Row, logits: Tensor, chosen: TokenLogProb) -> bool:
+    def _accept(self, row: Row, logits: Tensor, chosen: TokenLogProb) -> bool:
+        """Add a row's next token; return whether the row goes on."""
         try:
-            if chosen.token < 0:
+            if chosen.token < 0:  # no logit is finite
                 value = "NaN" if logits.isnan().any() else "infinity"
                 raise not_finite("logits", value, [row.adapter_title])
             reason = row.take(chosen) if row.request.makes_tokens else row.end_after_prompt()
         except Exception as error:
             log_failure("a token could not be chosen", error)
             self._fail(row, error)
-            return True
-        self.counts["generated_tokens", row.owner] += row.request.makes_tokens
-        if reason is None:
             return False
+        if row.request.makes_tokens:
+            self.counts["generated_tokens", row.owner] += 1
+        if reason is None:
+            return True
         self._runner.remember(row)
         self._end(row, reason)
-        return True
+        return False
 
     def _send_back(self, row: Row) -> None:
-        self.counts["preemptions",] += 1
+        self.counts[("preemptions",)] += 1
         if row in self._runner.rows:
             self._runner.remember(row)
         self._put_back([row])
@@ -383,8 +390,9 @@ class Engine:
     def _put_back(self, rows: Sequence[Row]) -> None:
         self._leave(rows)
         with self._wake:
-            for row in sorted(rows, key=lambda row: -row.arrival):
-                row.session, row.num_read, row.num_known, row.settled_length = None, 0, 0, 0
+            # Each goes in front of the others, so that the first that arrived is the first again.
+            for row in sorted(rows, key=lambda row: row.arrival, reverse=True):
+                row.restart()
                 self._scheduler.add(row, is_first=True)
 
     def _leave(self, rows: Sequence[Row]) -> None:
@@ -399,7 +407,7 @@ class Engine:
         self._fail(row, error)
 
     def _recover(self, error: Exception) -> None:
-        """After rows failed together, read half of them again if memory ran out."""
+        """After rows failed together, serve half as many at once if memory ran out, or end all."""
         rows = self._runner.take_apart(self._served)
         if not isinstance(error, torch.OutOfMemoryError) or len(self._served) == 1:
             for row in rows:

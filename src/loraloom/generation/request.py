@@ -138,11 +138,7 @@ class Row:
         self.arrival = 0  # its place among all requests of the engine
         self.is_cancelled = False
         self.salt: Hashable = None  # what told the weights from others when its prompt was read
-        self.session: Decoding | None = None  # while its prompt is read
-        self.num_read = 0
-        self.num_known = 0  # of the tokens that were read, those that needed no computation
-        # how long it must be before it gives way to others, so that it was worth the reading
-        self.settled_length = 0
+        self.restart()
         before = request.prompt_ids[-NUM_BEFORE:] if request.turn_end is None else ()
         stop = request.sampling.stop
         if request.turn_end and not request.ignore_end:
@@ -153,6 +149,14 @@ class Row:
         self._last_text = ""
         self._num_routed = 0
         self.num_scored = 0  # of the prompt's tokens
+
+    def restart(self) -> None:
+        """Let the row be read from its beginning."""
+        self.session: Decoding | None = None  # while its prompt is read
+        self.num_read = 0
+        self.num_known = 0  # of the tokens that were read, those that needed no computation
+        # How long it must be before it gives way to others, so that it was worth the reading.
+        self.settled_length = 0
 
     @property
     def length(self) -> int:

@@ -1,9 +1,12 @@
 """The experts of a base model's mixture-of-experts block, with low-rank updates of many adapters.
 
-Axes: T tokens of the batch, K experts of the base for each, P = T·K rows, sorted by expert, H rows
-of hidden states (P, or more where LoRA experts are chosen in each of the base's), E experts of the
-base, M LoRA experts in each, t tokens of an adapter, J of the M for each, Q rows of an adapter,
-G = M·E groups of weights, D hidden, F feed-forward, I in_features, O out_features, R rank.
+Each token has K rows, one for each of its experts of the base; a row has J hidden rows, one for
+each LoRA expert that the token's adapter chooses there, or one.
+
+Axes: T tokens of the batch, K experts of the base for each, P = T·K rows, sorted by expert, H
+hidden rows, E experts of the base, M LoRA experts in each, t tokens of an adapter, J of the M for
+each, Q hidden rows of an adapter, G = M·E groups of weights, D hidden, F feed-forward,
+I in_features, O out_features, R rank.
 
 `y_t = Σ_k w_tk Σ_j g_tj Down_e,m(gating(Up_e,m(x_t)))`, e the k-th expert of token t in the base's
 routing w, m the j-th in the adapter's routing g; `Up_e,m(x) = c ∘ (W_e x + B_e,m A_e,m x) + b_e`,
@@ -12,8 +15,8 @@ and Down alike. A plain LoRA is M = 1 and g = 1, and only DoRA has c.
 The frozen products are those of all rows at once, in the order of transformers' default, so that
 rows of the base model are what they are without adapters. An adapter's rows lie by group, so that
 each of its products is one grouped product. The backward pass keeps x, the frozen product W_up x
-and what lies in rank space, computes the elementwise rest again, and puts the frozen
-down-projection between two backward passes of it.
+and what lies in rank space. It computes the elementwise rest again, goes back through W_down by a
+product of its own, through the rest by autograd, and through W_up by a product of its own.
 
 Source: transformers 5.24, `integrations/moe.py`, for what a block without adapters computes.
 """
@@ -104,39 +107,42 @@ class _Rows:
         self.slots = self.order % self.top_k
         self.stops = group_stops(self.experts, self.num_experts)
         # A slot has random numbers by its expert's number: base models may list them in any order.
-        self.ranks = index.argsort(1).argsort(1)[self.tokens, self.slots]
-        owners, counts = self._owners(updates, index.device)
-        num_slots = [1 if u.choice is None else u.choice.shape[1] for u in updates] + [1]
+        # The argsort of an argsort is each entry's place in sorted order.
+        self.expert_order = index.argsort(1).argsort(1)[self.tokens, self.slots]
+        token_owners, counts = self._owners(updates, index.device)
+        num_slots = [1 if u.choice is None else u.choice.shape[1] for u in updates]
+        num_slots.append(1)  # of tokens without an adapter
         sizes = []  # hidden rows of each adapter
         for count, slots_of_token in zip(counts, num_slots, strict=True):
             sizes.append(count * self.top_k * slots_of_token)
-        owners = owners[self.tokens]
+        row_owners = hidden_owners = token_owners[self.tokens]
         self.base_rows = None  # of each hidden row, [H]; None: they are the same
         self.choices = torch.zeros_like(self.tokens)  # which of its LoRA experts a row is of, j
         if max(num_slots) > 1:
-            repeats = torch.tensor(num_slots, device=index.device)[owners]
-            rows = torch.arange(len(owners), device=index.device)
+            repeats = torch.tensor(num_slots, device=index.device)[row_owners]
+            rows = torch.arange(len(row_owners), device=index.device)
             self.base_rows = rows.repeat_interleave(repeats, output_size=sum(sizes))
             first_rows = repeats.cumsum(0) - repeats
             hidden_rows = torch.arange(sum(sizes), device=index.device)
             self.choices = hidden_rows - first_rows[self.base_rows]
-            owners = owners[self.base_rows]
-        by_owner = owners.argsort(stable=True).split(sizes)
+            hidden_owners = row_owners[self.base_rows]
+        *by_adapter, _ = hidden_owners.argsort(stable=True).split(sizes)
         self.adapters = []
-        for update, hidden in zip(updates, by_owner, strict=False):
+        for update, hidden in zip(updates, by_adapter, strict=True):
             self.adapters.append(_AdapterRows(self, update, hidden))
         self.is_scaled = any(
             update.weights.down is not None and update.weights.down.row_scale is not None
             for update in updates
         )
-        # A row scale stands outside of W_down, so that each hidden row goes through it by itself.
-        self.apart = self.base_rows is not None and self.is_scaled
+        # A row scale stands outside of W_down, and each hidden row then goes through it by itself.
+        self.combines_before_down = not self.is_scaled
 
     def _owners(
         self, updates: Sequence[ExpertUpdate], device: torch.device
     ) -> tuple[Tensor, list[int]]:
         """Number each token's adapter, [T], and count their tokens; the last are those of none."""
         owners = torch.full((self.num_tokens,), len(updates), device=device)
+        # A token's place among its adapter's, [T].
         self.local = torch.zeros(self.num_tokens, dtype=torch.long, device=device)
         counts = []
         for number, update in enumerate(updates):
@@ -154,7 +160,7 @@ class _Rows:
     @cached_property
     def down_experts(self) -> tuple[Tensor, Tensor]:
         """Experts of the rows that go through the frozen down-projection, and where each ends."""
-        if not self.apart:
+        if self.combines_before_down or self.base_rows is None:
             return self.experts, self.stops
         experts = self.expand(self.experts)
         return experts, group_stops(experts, self.num_experts)
@@ -199,7 +205,7 @@ class _AdapterRows:
         entries = 0 if update.entries is None else update.entries[local]
         is_adapted = None
         if update.weights.places is not None:
-            places = update.weights.places.view(update.num_entries, -1)
+            places = update.weights.places.view(update.num_entries, -1)  # [entries, E]
             groups = places[entries, groups]
             is_adapted = groups >= 0
             groups = groups.clamp_min(0)
@@ -222,17 +228,20 @@ class _AdapterRows:
         self.local = local
         self.choices = choices
         self.groups = groups
-        # Of several adapters, rows are few, and not sorted by group.
+        # Rows of a plain LoRA come sorted by expert, which is their group; those of several
+        # adapters are few, and not sorted.
         self.stops = group_stops(groups, self.num_groups) if update.entries is None else None
         num_slots = 1 if update.choice is None else update.choice.shape[1]
-        self.slots = rows.ranks[base_rows] * num_slots + choices  # whose mask a row has
+        self.slots = rows.expert_order[base_rows] * num_slots + choices  # whose mask a row has
 
     def product(self, inputs: Tensor, weights: Tensor, known: Tensor | None = None) -> Tensor:
         """Multiply each row, [Q, I], with its group of [G, I, O], or of those that are shared."""
-        shared = self.num_groups // len(weights)  # groups that have one weight
+        groups_per_weight = self.num_groups // len(weights)
         if self.stops is None:
-            return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
-        return GroupedProduct.apply(inputs, weights, self.stops[shared - 1 :: shared], known)
+            weights = weights[self.groups // groups_per_weight]
+            return torch.bmm(inputs.unsqueeze(1), weights).squeeze(1)
+        stops = self.stops[groups_per_weight - 1 :: groups_per_weight]
+        return GroupedProduct.apply(inputs, weights, stops, known)
 
     def scale_change(
         self, update: Tensor, side: ExpertSide, frozen: Tensor, bias: Tensor | None
@@ -270,7 +279,7 @@ class _Reduced:
     side: ExpertSide
     low_rank: Tensor  # A x, [Q, R]
 
-    def expand(self, weights: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+    def times_B(self, weights: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """Multiply by B, with weights of the rows, [Q, 1], in front of it."""
         low_rank = self.low_rank
         if self.adapter.is_adapted is not None:
@@ -297,9 +306,9 @@ def _reduce(
     reduced = []
     for number, inputs in enumerate(_gather(values, sources)):
         adapter, update, side = adapted[number]
-        low_rank = known[number] if known else None
         dropped = adapter.drop(inputs, update, is_up)
-        low_rank = adapter.product(dropped, side.A.transpose(1, 2), low_rank)
+        known_product = known[number] if known else None
+        low_rank = adapter.product(dropped, side.A.transpose(1, 2), known_product)
         reduced.append(_Reduced(adapter, side, low_rank))
     return reduced
 
@@ -310,7 +319,7 @@ def _changes(reduced: Sequence[_Reduced], frozen: Tensor, bias: Tensor | None) -
     frozen_rows = iter(_gather(frozen, scaled))
     changes = []
     for each in reduced:
-        change = each.expand()
+        change = each.times_B()
         if each.side.row_scale is not None:
             change = each.adapter.scale_change(change, each.side, next(frozen_rows), bias)
         changes.append(change)
@@ -335,18 +344,18 @@ def _down(rows: _Rows, frozen: Tensor, slot_weights: Tensor, reduced: Sequence[_
     """Add the adapters' updates to the frozen down-projection, [P, D]."""
     total = frozen
     bias = rows.base.down.compute_bias(frozen.dtype)
-    if bias is not None and rows.base_rows is not None and not rows.apart:
-        # as often as the slots' weights sum to
+    if bias is not None and rows.base_rows is not None and rows.combines_before_down:
+        # Each slot would add b once, Σ g·b in all, of which one b is in the frozen product.
         excess = rows.combine(torch.ones_like(slot_weights), slot_weights) - 1
         total = total + excess * bias[rows.experts]
     if reduced:
         change = _changes(reduced, total, bias)
         hidden_rows = _hidden_rows(reduced)
-        if rows.base_rows is not None and not rows.apart:
+        if rows.base_rows is not None and rows.combines_before_down:
             change = change * slot_weights[hidden_rows]
             hidden_rows = rows.base_rows[hidden_rows]
         total = total.index_add(0, hidden_rows, change)
-    return rows.combine(total, slot_weights) if rows.apart else total
+    return total if rows.combines_before_down else rows.combine(total, slot_weights)
 
 
 def _forward(
@@ -361,7 +370,7 @@ def _forward(
     reduced_up = _reduce(rows, updates, hidden_states, is_up=True)
     hidden = _gate(rows, up, reduced_up)
     slot_weights = rows.slot_weights(updates, hidden)
-    combined = hidden if rows.apart else rows.combine(hidden, slot_weights)
+    combined = rows.combine(hidden, slot_weights) if rows.combines_before_down else hidden
     frozen = _frozen_product(combined, base.down, *rows.down_experts)
     reduced_down = _reduce(rows, updates, hidden, is_up=False)
     output = _down(rows, frozen, slot_weights, reduced_down)
@@ -377,6 +386,7 @@ class _ExpertRows(torch.autograd.Function):
     def forward(ctx, rows, updates, hidden_states, weights, *tensors):
         output, kept = _forward(rows, hidden_states, weights, updates)
         ctx.rows = rows
+        # Without tensors: autograd keeps those, and checks that they don't change.
         ctx.updates = [_with_tensors(update, [None] * _NUM_TENSORS) for update in updates]
         ctx.save_for_backward(hidden_states, weights, *tensors, *kept)
         return output
@@ -386,7 +396,7 @@ class _ExpertRows(torch.autograd.Function):
     def backward(ctx, grad):
         rows: _Rows = ctx.rows
         saved = ctx.saved_tensors
-        num_leaves = 4 + len(ctx.updates) * _NUM_TENSORS
+        num_leaves = 4 + len(ctx.updates) * _NUM_TENSORS  # and x, weights, W_up x, W_down h
         leaves: list[Any] = [
             None if tensor is None else tensor.detach().requires_grad_()
             for tensor in saved[:num_leaves]
@@ -400,12 +410,12 @@ class _ExpertRows(torch.autograd.Function):
         num_up = sum(update.weights.up is not None for update in updates)
         grad_rows = grad[rows.tokens]
         with torch.enable_grad():
-            reduced = _reduce(rows, updates, hidden_states, True, low_ranks[:num_up])
+            reduced = _reduce(rows, updates, hidden_states, is_up=True, known=low_ranks[:num_up])
             hidden = _gate(rows, up, reduced)
             slot_weights = rows.slot_weights(updates, hidden)
             row_weights = weights[rows.tokens, rows.slots].unsqueeze(1)
-            combined = hidden if rows.apart else rows.combine(hidden, slot_weights)
-            reduced = _reduce(rows, updates, hidden, False, low_ranks[num_up:])
+            combined = rows.combine(hidden, slot_weights) if rows.combines_before_down else hidden
+            reduced = _reduce(rows, updates, hidden, is_up=False, known=low_ranks[num_up:])
             if frozen is None:
                 outputs, grads = _linear_outputs(
                     rows, reduced, grad_rows, row_weights, slot_weights
@@ -440,9 +450,10 @@ def _linear_outputs(
     row_weights: Tensor,
     slot_weights: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what the block's output is linear in, but for W_down h, and the gradients of it.
+    """Return the summands of the block's output but W_down h, and their gradients.
 
-    Its values are not computed: weights stand in front of B, and of the biases.
+    Weights stand in front of B and of the biases, so that no value of a summand is read, and none
+    is computed.
     """
     outputs = []
     grads = []
@@ -452,7 +463,7 @@ def _linear_outputs(
         if rows.base_rows is not None:
             weights = weights * slot_weights[each.adapter.hidden]
         unread = each.low_rank.new_zeros(1).expand(len(grad), grad.shape[1])
-        change = each.expand(weights, unread)
+        change = each.times_B(weights, unread)
         outputs.append(change)
         grads.append(grad.to(change.dtype))
     bias = rows.base.down.compute_bias(grad_rows.dtype)

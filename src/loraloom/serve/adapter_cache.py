@@ -269,15 +269,15 @@ class ServedAdapters:
             return
         held = Counter(tenant for adapter in self._lazy() for tenant in adapter.users)
         equal_part = self.max_lazy / len(self._line.waiting.keys() | held.keys())
-        # first who would hold no more than an equal part
+        # First who would hold no more than an equal part; among those, in turn.
         for tenant in sorted(self._line.in_turn(), key=lambda t: max(held[t] + 1, equal_part)):
             for request in self._line.waiting[tenant]:
-                if self._has_place(request.name, tenant, held):
+                if self._make_place(request.name, tenant, held):
                     self._line.charge(tenant, 1)
                     self._loading = asyncio.create_task(self._load_for(request.name))
                     return
 
-    def _has_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
+    def _make_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
         """Make a place for an adapter of the directory, if one can go for it."""
         # one that is loaded again has its place, and one that was named needs none
         if name in self._served or name in self._sources or len(self._lazy()) < self.max_lazy:
@@ -289,7 +289,8 @@ class ServedAdapters:
         if not held[tenant]:
             return True
         if not any(adapter.is_lazy for adapter in self._leaving):
-            # one of those who hold most stays for who uses it; who asks for it next waits
+            # The place comes from who holds most. The adapter goes when its requests have ended,
+            # and who asks for it next waits.
             def standing(adapter: LoadedAdapter) -> tuple[int, bool]:
                 return min(held[user] for user in adapter.users), tenant in adapter.users
 

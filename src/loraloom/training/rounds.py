@@ -16,7 +16,8 @@ from loraloom.training.job import Job
 from loraloom.training.step import fused
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
 
-# Copies of weights to come: gradients, two optimizer states, the last sound ones, the best ones.
+# Copies of trained weights that training makes later: gradients, two optimizer states, the last
+# good ones, the best ones.
 _LEARNING_COPIES = 5
 _log = logging.getLogger(__name__)
 # A job, and what it puts into the next round.
@@ -65,11 +66,11 @@ class RoundRunner:
         errors: dict[int, Exception] = {}
         waiting: list[Group] = [list(enumerate(micro_batches))]
         while waiting:
-            group = [turn for turn in waiting.pop() if turn[0] not in errors]
-            if group:
+            group = [(index, batch) for index, batch in waiting.pop() if index not in errors]
+            if group:  # its parts come next, in their order
                 waiting += reversed(self._run_group(group, pending, errors))
         if len(errors) == len(micro_batches):
-            self.raise_if_general(errors[0])
+            self.raise_if_general(errors[0])  # of the first micro-batch
         self._clip_complete(micro_batches, pending, errors)
         outcomes: list[MicroBatchLoss | TrainingError] = []
         outcomes += fused.read_losses(self.host.ranks, pending, len(micro_batches))
@@ -80,8 +81,9 @@ class RoundRunner:
     def _clip_complete(
         self, batches: Sequence[MicroBatch], pending: fused.Pending, errors: dict[int, Exception]
     ) -> None:
-        """Clip the gradients of complete steps, of which each rank has its summand until now."""
+        """Sum the gradients of complete steps over ranks, and clip them."""
         ranks = self.host.ranks
+        # A micro-batch done in parts has several losses; the last one is told the norm.
         for index, loss in dict(pending).items():
             batch = batches[index]
             if batch.clip_gradient is None or index in errors:
@@ -109,7 +111,7 @@ class RoundRunner:
             with fused.gradients_set_aside(adapters):
                 outcome = fused.add_gradients(self.host, micro_batches, self.pad_id)
         except torch.OutOfMemoryError:
-            outcome = torch.OutOfMemoryError()  # that one holds on to the activations
+            outcome = torch.OutOfMemoryError()  # the caught error holds on to activations
         except Exception as error:
             outcome = error
         if isinstance(outcome, list):
@@ -121,9 +123,10 @@ class RoundRunner:
                 self._lower_limits(halves, num_tokens, is_alone=len(group) == 1)
                 return halves
             outcome = _error_of_too_long(group[0][1])
-        if len(group) > 1:
+        if len(group) > 1:  # which job fails is not known yet
             return halves
-        errors[group[0][0]] = outcome
+        ((index, _),) = group
+        errors[index] = outcome
         return []
 
     def _lower_limits(self, halves: Sequence[Group], num_tokens: int, *, is_alone: bool) -> None:
