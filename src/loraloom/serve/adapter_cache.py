@@ -95,7 +95,7 @@ class ServedAdapters:
         self._loading: asyncio.Task[None] | None = None  # for those in line
         self._lock = asyncio.Lock()  # held while files are read
         self._versions = count(2)
-        self._served = {name: LoadedAdapter(name, name) for name in self.host.adapters}
+        self._loaded = {name: LoadedAdapter(name, name) for name in self.host.adapters}
         self._sources: dict[str, str] = {}  # directories that were named, not found
         self._leaving: list[LoadedAdapter] = []  # which take no more requests
         self._broken: dict[str, Files] = {}  # that can't be loaded as they are
@@ -107,12 +107,12 @@ class ServedAdapters:
     async def names(self) -> list[str]:
         """Every adapter that may be asked for."""
         sources = list(self._sources.items())
-        served = list(self._served.values())
+        loaded = list(self._loaded.values())
 
         def scan() -> list[str]:
             names = [name for name in names_below(self.directory) if name not in self.base_names]
             names += [name for name, source in sources if files_of(source)]
-            for adapter in served:
+            for adapter in loaded:
                 if not adapter.files or files_of(adapter.source) is not None:
                     names.append(adapter.name)
             return list(dict.fromkeys(names))
@@ -120,11 +120,11 @@ class ServedAdapters:
         return await run_apart(scan)
 
     def loaded(self, name: str) -> LoadedAdapter | None:
-        return self._served.get(name)
+        return self._loaded.get(name)
 
     def names_in_use(self) -> set[str]:
         """The adapters that requests use now, whether they may still be asked for or not."""
-        return {a.name for a in (*self._served.values(), *self._leaving) if a.users}
+        return {a.name for a in (*self._loaded.values(), *self._leaving) if a.users}
 
     async def acquire(self, name: str, tenant: str = "") -> ServedAdapter:
         """Begin to use an adapter, until `release`, as soon as it is loaded."""
@@ -161,7 +161,7 @@ class ServedAdapters:
         distinct = dict.fromkeys(names)  # a sum may have several parts of one
         for name in distinct:
             await self._look(name)  # what does not exist loads no other
-        held = (self._served.get(name) for name in distinct if name not in self._sources)
+        held = (self._loaded.get(name) for name in distinct if name not in self._sources)
         if sum(adapter is None or adapter.is_lazy for adapter in held) > self.max_lazy:
             raise RequestError(
                 f"a sum may have {self.max_lazy} adapters of --adapter-dir, as many as are loaded "
@@ -197,7 +197,7 @@ class ServedAdapters:
         directory = await self._find(source)
         source = os.path.expanduser(source)  # as find_adapter does
         async with self._lock:
-            taken = [] if replace else [*self._served, *await self.names()]
+            taken = [] if replace else [*self._loaded, *await self.names()]
             if name in (*self.base_names, *taken):
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
@@ -212,14 +212,14 @@ class ServedAdapters:
     async def unload(self, name: str, sender: str = "") -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
         below = await run_apart(names_below, self.directory)
-        served = self._served.get(name)
-        is_named = name in self._sources or (served is not None and not served.is_lazy)
+        loaded = self._loaded.get(name)
+        is_named = name in self._sources or (loaded is not None and not loaded.is_lazy)
         if name in below and not is_named:
             raise ConfigError(
                 f"the adapter {shown(name)} is in --adapter-dir; to remove it, delete its directory"
             )
         source = self._sources.pop(name, None)
-        adapter = self._served.pop(name, None)
+        adapter = self._loaded.pop(name, None)
         if source is None and adapter is None:
             raise unknown_model(name)
         if adapter is not None:
@@ -231,12 +231,12 @@ class ServedAdapters:
         for adapter in adapters:
             adapter.users[tenant] += 1
             # the last is the one that was used last
-            self._served[adapter.name] = self._served.pop(adapter.name)
+            self._loaded[adapter.name] = self._loaded.pop(adapter.name)
         return ServedAdapter(name, tenant, adapters)
 
     async def _look(self, name: str) -> tuple[str, Files]:
         """Find an adapter's directory and describe its files as they are now."""
-        adapter = self._served.get(name)
+        adapter = self._loaded.get(name)
         if adapter is not None and not adapter.files:
             return adapter.source, adapter.files
         sources = [self._sources[name]] if name in self._sources else []
@@ -246,15 +246,15 @@ class ServedAdapters:
         location = await run_apart(find_files, sources, loaded_from)
         if location is None:
             self._broken.pop(name, None)
-            if adapter is not None and self._served.get(name) is adapter:
-                _note("removed", self._served.pop(name), "its directory, which is gone")
+            if adapter is not None and self._loaded.get(name) is adapter:
+                _note("removed", self._loaded.pop(name), "its directory, which is gone")
                 self._let_go(adapter)
             raise unknown_model(name)
         return location
 
     def _current(self, name: str, files: Files) -> LoadedAdapter | None:
         """Return the adapter that answers now; None if its files are to be loaded first."""
-        adapter = self._served.get(name)
+        adapter = self._loaded.get(name)
         if self._broken.get(name) == files:
             if adapter is None:
                 raise _broken(name)
@@ -280,7 +280,7 @@ class ServedAdapters:
     def _make_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
         """Make a place for an adapter of the directory, if one can go for it."""
         # one that is loaded again has its place, and one that was named needs none
-        if name in self._served or name in self._sources or len(self._lazy()) < self.max_lazy:
+        if name in self._loaded or name in self._sources or len(self._lazy()) < self.max_lazy:
             return True
         idle = self._idle()
         if idle:
@@ -298,10 +298,10 @@ class ServedAdapters:
         return False
 
     def _lazy(self) -> list[LoadedAdapter]:
-        return [a for a in (*self._served.values(), *self._leaving) if a.is_lazy]
+        return [a for a in (*self._loaded.values(), *self._leaving) if a.is_lazy]
 
     def _idle(self) -> list[LoadedAdapter]:
-        return [a for a in self._served.values() if a.is_lazy and not a.users]
+        return [a for a in self._loaded.values() if a.is_lazy and not a.users]
 
     def _fit_places(self) -> None:
         """Let the adapter go that had no place, or another that nobody uses."""
@@ -338,14 +338,14 @@ class ServedAdapters:
             if not is_lazy and name not in self._sources:  # it was unloaded meanwhile
                 self._remove(adapter)
                 raise unknown_model(name)
-            if name in self._served and files != await run_apart(files_of, source):
+            if name in self._loaded and files != await run_apart(files_of, source):
                 self._remove(adapter)
                 fault = f"the files of adapter {shown(name)} are being written; retry later"
                 raise RequestError(fault, "queue_full")
             self._put(adapter, "its directory")
             return adapter
         except LoraloomError as error:
-            former = self._served.get(name)
+            former = self._loaded.get(name)
             is_passing = isinstance(error, RequestError) or isinstance(error.__cause__, OSError)
             if former is None and isinstance(error, RequestError):
                 raise
@@ -381,8 +381,8 @@ class ServedAdapters:
 
     def _put(self, adapter: LoadedAdapter, sender: str) -> None:
         """Let an adapter answer from now on, in place of the former one of its name."""
-        former = self._served.pop(adapter.name, None)
-        self._served[adapter.name] = adapter
+        former = self._loaded.pop(adapter.name, None)
+        self._loaded[adapter.name] = adapter
         self._broken.pop(adapter.name, None)
         _note("loaded" if former is None else "reloaded", adapter, sender)
         if former is not None:
@@ -390,7 +390,7 @@ class ServedAdapters:
 
     def _evict(self, adapter: LoadedAdapter) -> None:
         _note("evicted", adapter, "others")
-        self._let_go(self._served.pop(adapter.name))
+        self._let_go(self._loaded.pop(adapter.name))
 
     def _let_go(self, adapter: LoadedAdapter) -> None:
         """Remove an adapter from the host as soon as nobody uses it."""
