@@ -169,8 +169,7 @@ def _describe(
         f"{num_tokens} tokens",
         f"{len(held_out)} held out",
     ]
-    line = f"{source.name}: {', '.join(counts)}"
-    return "; ".join([line, *source.notes(rows)])
+    return "; ".join([f"{source.name}: {', '.join(counts)}", *source.notes(rows)])
 
 
 @dataclass(frozen=True)
