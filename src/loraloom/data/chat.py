@@ -52,8 +52,7 @@ _SHAREGPT_ROLES = {
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
     names = columns or {}
-    usual = [name for name in _USUAL_COLUMNS if row.get(name) is not None]
-    default = usual[0] if usual else "messages"
+    default = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), "messages")
     messages = read_messages(row, names.get("messages") or default)
     system = names.get("system", "system")
     if row.get(system):

@@ -62,7 +62,5 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
         if is_control and len(text) > 1 and not written.startswith("\\"):
             # of thousands that are numbered, one
             patterns.add(re.sub(r"\d+", r"\\d+", re.escape(written)))
-    if not patterns:
-        return re.compile("(?!)")
-    any_token = "|".join(sorted(patterns))
+    any_token = "|".join(sorted(patterns)) or "(?!)"  # which matches nothing
     return re.compile(f".(?<=(?=(?:{any_token})).)")

@@ -98,9 +98,8 @@ class SourceEncoder:
         split = config.split or split
         if config.task is not None:
             task = find_task(config.task)
-            scoring = config.scoring or task.config.scoring
             for index, row in enumerate(task.load_rows(split, config.path)[:limit]):
-                right, _ = task.training_texts(row, index, scoring)
+                right, _ = task.training_texts(row, index, config.scoring)
                 yield {"content": right[0], "origin": row.origin}
             return
         rows = sources.read_rows(self._find(split), split, limit)
@@ -227,7 +226,6 @@ class SourceEncoder:
 
     def _encode_task(self, rows: list[Row]) -> list[EncodedRow]:
         task = find_task(self.config.task or "")
-        scoring = self.config.scoring or task.config.scoring
         encode: Any = tokens.encode_completions
         if self.as_pairs:
             encode = tokens.encode_completion_pairs
@@ -235,7 +233,7 @@ class SourceEncoder:
         indices = count()
 
         def read(row: Row) -> Any:
-            texts = task.training_texts(row, next(indices), scoring)
+            texts = task.training_texts(row, next(indices), self.config.scoring)
             return texts if self.as_pairs else texts[0]
 
         return _encode_each(rows, read, encode)
@@ -245,8 +243,7 @@ def _messages_before_answers(row: Row, columns: Mapping[str, str]) -> Sequence[M
     """The prompt of a preference between conversations; None if it is a text."""
     if isinstance(row.get(columns["prompt"]), list):
         return read_messages(row, columns["prompt"])
-    answers = [columns["chosen"], columns["rejected"]]
-    answers = [answer for answer in answers if row.get(answer)]
+    answers = [columns[role] for role in ("chosen", "rejected") if row.get(columns[role])]
     if not any(isinstance(row[answer], list) for answer in answers):
         return None
     chats = [read_messages(row, answer) for answer in answers]

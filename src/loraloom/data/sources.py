@@ -156,18 +156,14 @@ _Read = Iterator[tuple[str, Any]]
 
 def _read_json_lines(file: Any) -> _Read:
     # JSON's texts may hold other line breaks than the one that ends a row
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            value = parse_json(line, "the row", DataError)
+            value = parse_json(line.rstrip("\r\n"), "the row", DataError)
         except DataError as error:
             value = DataError(str(error).replace(" line 1", "", 1))
         yield f"line {number}", value
-
-
-def _lines(file: Any) -> Iterator[str]:
-    return (line.removesuffix("\n").removesuffix("\r") for line in file)
 
 
 def _read_json(file: Any) -> _Read:
@@ -209,9 +205,9 @@ def _read_csv(file: Any) -> _Read:
 
 
 def _read_plain_text(file: Any) -> _Read:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(file, start=1):
         if line.strip():
-            yield f"line {number}", {"text": line}
+            yield f"line {number}", {"text": line.rstrip("\r\n")}
 
 
 def _read_parquet(file: Any) -> _Read:
@@ -266,8 +262,7 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
         if config is not None:
             raise DataError(f"{path}: config is only for data sets on the Hub; remove config")
         return find_split(split_files(path), split, path)
-    is_path = path.exists() or is_data_file(location) or not _HUB_ID.fullmatch(location)
-    if is_path:
+    if path.exists() or is_data_file(location) or not _HUB_ID.fullmatch(location):
         return path
     return HubSource(location, config)
 

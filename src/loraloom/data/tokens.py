@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from operator import eq
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -115,12 +117,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair]) 
 
 
 def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    return sum(takewhile(bool, map(eq, first, second)))
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -169,8 +169,7 @@ def _describe(
         f"{num_tokens} tokens",
         f"{len(held_out)} held out",
     ]
-    line = f"{source.name}: {', '.join(counts)}"
-    return "; ".join([line, *source.notes(rows)])
+    return "; ".join([f"{source.name}: {', '.join(counts)}", *source.notes(rows)])
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ class StreamedSet:
         next_sources = list[SourcePosition]()
         for source, start in zip(self._sources, position.sources, strict=True):
             rows, stop = source.read(start)
-            for row in source.encode(rows):
+            for row in rows:
                 examples += _number(row, sample_ids, source.expert_group)
             next_sources.append(stop)
         # seeded by the block's number, as no state of a generator would survive a resume elsewhere
@@ -309,7 +308,7 @@ class _Source:
         line = f"{self.name}: a stream, read {self._rows_per_block} rows at a time"
         return "; of the first, ".join([line, *self._notes])
 
-    def read(self, position: SourcePosition) -> tuple[list[Row], SourcePosition]:
+    def read(self, position: SourcePosition) -> tuple[list[EncodedRow], SourcePosition]:
         if position != self._position:
             self._rows = self.stream.rows(position.row)
         # unknown where the stream ends or fails
@@ -324,10 +323,7 @@ class _Source:
             next_row = len(more)
             rows += more
         self._position = SourcePosition(passes, next_row)
-        return rows, self._position
-
-    def encode(self, rows: list[Row]) -> list[EncodedRow]:
         encoded = self._encoder.encode(rows, self._fields)
         self._encoder.check(rows, encoded)
         self._notes = self._notes or self._encoder.notes(encoded)
-        return encoded
+        return encoded, self._position

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ import jinja2
 import numpy as np
 
 import loraloom
-from loraloom.eval.results import Evaluation, Fields, read_evaluation
+from loraloom.eval.results import Fields, read_evaluation
 from loraloom.report.charts import learning_curves
-from loraloom.report.jobs import Job, read_runs
+from loraloom.report.jobs import read_runs
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)  # loads where a cell's color changes, in even shares
 MAX_ROWS = 20  # of a table of results; a longer one is folded
@@ -25,13 +25,14 @@ def make_page(runs: Sequence[Path], evaluations: Sequence[Path] = (), *, summary
     by_file = {path.name: read_evaluation(path) for path in evaluations}
     if len(by_file) < len(evaluations):
         by_file = {str(path): read_evaluation(path) for path in evaluations}
-    return _render(jobs, by_file, summary)
-
-
-def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary: str) -> str:
+    tables_by_file = []
+    for file, evaluation in by_file.items():
+        mixtures = [lay_out(adapter, routing) for adapter, routing in evaluation.routing.items()]
+        laid_out = {"name": file, "tables": evaluation.tables(), "mixtures": mixtures}
+        tables_by_file.append(laid_out)
     results = [job.result for job in jobs if job.result is not None]
     environments = [dict(result.get("environment", {})) for result in results]
-    environments += [dict(evaluation) for evaluation in evaluations.values()]
+    environments += [dict(evaluation) for evaluation in by_file.values()]
     content = {
         "summary": summary.strip(),
         "jobs": jobs,
@@ -39,7 +40,7 @@ def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary:
         "environments": environments,
         "max_rows": MAX_ROWS,
         "charts": learning_curves(jobs),
-        "evaluations": [_lay_out_evaluation(file, evaluations[file]) for file in evaluations],
+        "evaluations": tables_by_file,
         "levels": LEVELS,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": loraloom.__version__,
@@ -60,14 +61,6 @@ def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary:
         "rows": lambda table: zip(*(column.cells for column in table.columns), strict=True),
     }
     return environment.get_template("page.html.j2").render(content)
-
-
-def _lay_out_evaluation(file: str, evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "name": file,
-        "tables": evaluation.tables(),
-        "mixtures": [lay_out(adapter, routing) for adapter, routing in evaluation.routing.items()],
-    }
 
 
 def lay_out(name: str, routing: Fields) -> dict[str, Any]:

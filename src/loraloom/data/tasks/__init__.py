@@ -188,9 +188,11 @@ class ChoiceTask:
             group=group or None,
         )
 
-    def training_texts(self, row: Row, index: int, scoring: Scoring) -> tuple[TextPair, TextPair]:
+    def training_texts(
+        self, row: Row, index: int, scoring: Scoring | None
+    ) -> tuple[TextPair, TextPair]:
         """Prompt and completion of the right answer, and of a wrong one: these take turns."""
-        question = self.question(row, index, scoring)
+        question = self.question(row, index, scoring or self.config.scoring)
         texts = list(zip(question.contexts, question.continuations, strict=True))
         right = texts.pop(question.gold)
         return right, texts[index % len(texts)]

@@ -50,8 +50,7 @@ class ChatExchange(Exchange):
         request = GenerationRequest(
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
         )
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        return self.several(request, max_tokens)
+        return self.several(request, body.max_completion_tokens or body.max_tokens)
 
     @override
     def choice(self, index: int, answer: Piece) -> dict[str, Any]:

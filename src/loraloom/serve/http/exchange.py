@@ -199,9 +199,9 @@ class Exchange(ABC):
         if self.body.routing:
             fields["routing"] = entries = []
             for text, choices in piece.routing:
-                routers = [asdict(choice) for choice in choices]
-                for router in routers:
-                    router["router"] = describe_router(router["router"])
+                routers = []
+                for choice in choices:
+                    routers.append({**asdict(choice), "router": describe_router(choice.router)})
                 entries.append({"text": text, "routers": routers})
         return fields
 

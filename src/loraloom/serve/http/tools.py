@@ -45,9 +45,7 @@ def parse_calls(text: str, tools: Tools) -> tuple[str, list[Function]]:
             calls += [_call(value, tools) for value in _read_values(block, tools)]
     except (ValueError, RecursionError):
         return text, []
-    valid = [call for call in calls if call is not None]
-    is_complete = valid and len(valid) == len(calls)
-    return (content.strip(), valid) if is_complete else (text, [])
+    return (content.strip(), calls) if calls else (text, [])
 
 
 def _read_values(text: str, tools: Tools) -> Iterator[Any]:
@@ -84,11 +82,12 @@ def _convert(text: str, schema: Any) -> Any:
         return text
 
 
-def _call(value: Any, tools: Tools) -> Function | None:
+def _call(value: Any, tools: Tools) -> Function:
     if not isinstance(value, dict) or value.get("name") not in tools:
-        return None
+        raise ValueError("a call must name a tool that was offered")
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON within JSON
         arguments = json.loads(arguments)
-    is_call = isinstance(arguments, dict)
-    return Function(name=value["name"], arguments=json.dumps(arguments)) if is_call else None
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments must be an object")
+    return Function(name=value["name"], arguments=json.dumps(arguments))
