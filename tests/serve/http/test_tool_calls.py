@@ -54,6 +54,7 @@ TEXTS = [
     f"<tool_call>{CALL[:-1]}</tool_call>",
     f"<tool_call>{CALL}</tool_call><tool_call>nothing</tool_call>",
     '{"name": "paint", "arguments": 3}',
+    '{"name": ["paint"], "arguments": {}}',
     "[" * 5000,
     "<tool_",
     "[TOOL_CALLS]paint[ARGS]{",

@@ -83,11 +83,12 @@ def _convert(text: str, schema: Any) -> Any:
 
 
 def _call(value: Any, tools: Tools) -> Function:
-    if not isinstance(value, dict) or value.get("name") not in tools:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in tools:
         raise ValueError("a call must name a tool that was offered")
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON within JSON
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise ValueError("arguments must be an object")
-    return Function(name=value["name"], arguments=json.dumps(arguments))
+    return Function(name=name, arguments=json.dumps(arguments))
