@@ -111,13 +111,13 @@ def make_case(
     sizes = dict.fromkeys(("gate", "up"), (features, D))
     sizes |= {"gate_up": (2 * features, D), "down": (D, features)}
     names = SHAPES[shape]
-    leaves = {"x": _leaf(num_tokens, D), "slot_logits": _leaf(num_tokens, top_k)}
+    leaves = {"x": leaf(num_tokens, D), "slot_logits": leaf(num_tokens, top_k)}
     for name in targets or names:
         out_features, in_features = sizes[name]
-        leaves[f"{name}.A"] = _leaf(num_experts, rank, in_features)
-        leaves[f"{name}.B"] = _leaf(num_experts, out_features, rank)
+        leaves[f"{name}.A"] = leaf(num_experts, rank, in_features)
+        leaves[f"{name}.B"] = leaf(num_experts, out_features, rank)
         if decomposed:
-            leaves[f"{name}.m"] = _leaf(num_experts, out_features)
+            leaves[f"{name}.m"] = leaf(num_experts, out_features)
     selected = torch.rand(num_tokens, num_experts).topk(top_k).indices
     selected[list(padding)] = -1
     base = {name: torch.randn(sizes[name], dtype=torch.float64) for name in names}
@@ -253,5 +253,5 @@ def _masks(dropout: float, num_tokens: int, top_k: int, features: int) -> FfnDro
     return FfnDropout(dropout, (torch.rand(num_tokens, D) > dropout).double(), keep_slots)
 
 
-def _leaf(*shape: int) -> Tensor:
+def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
