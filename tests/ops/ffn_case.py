@@ -66,9 +66,6 @@ class FfnCase:
         first[:, 0] = 1
         return torch.where(self.selected[:, :1] >= 0, weights, first)
 
-    def with_leaves(self, values: Sequence[Tensor]) -> FfnCase:
-        return replace(self, leaves=dict(zip(self.leaves, values, strict=True)))
-
     def to(self, dtype: torch.dtype, device: str = "cpu") -> FfnCase:
         """The same block there; what decides weights of slots and norms stays in float32."""
 
