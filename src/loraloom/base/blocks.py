@@ -275,10 +275,15 @@ class BlockInfo:
         self, layer: int, modules: Mapping[str, nn.Module], hidden_size: int
     ) -> Block:
         """Describe it in a layer, with modules on the meta device."""
-        projections = {
-            name: self._projection(module, f"layers.{layer}.{self.path}.{name}", hidden_size)
-            for name, module in modules.items()
-        }
+        projections: dict[str, BaseProjection] = {}
+        for name, module in modules.items():
+            key = f"layers.{layer}.{self.path}.{name}"
+            if self.kind == "experts":
+                projections[name] = StackedProjection(module, "weight", key)
+            elif self.kind == "moe":
+                projections[name] = BlockProjection(module, key, hidden_size)
+            else:
+                projections[name] = BaseProjection(module, key)
         return Block(
             layer=layer,
             path=self.path,
@@ -289,13 +294,6 @@ class BlockInfo:
             gating=_no_gating if self.kind in ("ffn", "experts") else None,
             experts_per_token=self.experts_per_token,
         )
-
-    def _projection(self, module: nn.Module, key: str, hidden_size: int) -> BaseProjection:
-        if self.kind == "experts":
-            return StackedProjection(module, "weight", key)
-        if self.kind == "moe":
-            return BlockProjection(module, key, hidden_size)
-        return BaseProjection(module, key)
 
 
 def _no_gating(*outputs: Tensor) -> Tensor:
