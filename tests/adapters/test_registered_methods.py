@@ -4,7 +4,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -38,9 +38,9 @@ def registered(methods_as_before):
     return loraloom.register_method(HalfConfig)
 
 
-def run_settings(method: str) -> dict:
-    job = {"name": "a", "adapter": {"method": method, "rank": 3}, "data": {"task": "skills"}}
-    job["train"] = {"max_steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+def run_settings(method: str = "lora", objective: str = "sft") -> dict[str, Any]:
+    train = {"objective": {"name": objective}, "max_steps": 1}
+    job = {"name": "a", "adapter": {"method": method}, "data": {"task": "skills"}, "train": train}
     return {"base_model": "base", "output_dir": "out", "jobs": [job]}
 
 

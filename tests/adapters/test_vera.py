@@ -51,12 +51,6 @@ def their_parameter(wrapped: nn.Module, base: BaseInfo, name: str) -> nn.Paramet
     return wrapped.get_parameter(f"{place}.default")
 
 
-def own_tensors(host: Host) -> dict[str, Tensor]:
-    """The trained tensors, without A and B."""
-    tensors = host.adapters["a"].tensors()
-    return {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
-
-
 @each_targets
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
 def test_logits_and_gradients_are_those_of_peft(family, targets):
@@ -65,7 +59,8 @@ def test_logits_and_gradients_are_those_of_peft(family, targets):
     model, config = tiny_model(family), changed(CONFIG, target_modules=targets)
     host = attached(model, config)
     theirs = theirs_of(model, config, host.base)
-    own = own_tensors(host)
+    tensors = host.adapters["a"].tensors()
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
     trained = {name for name, p in theirs.named_parameters() if p.requires_grad}
     assert len(trained) == len(own) == len(list(host.adapters["a"].parameters()))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from loraloom.cli.main import main
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import load_question_set, questions_digest
 from loraloom.eval.statistics import compare, read_answers
-from tests.generation.saved import save_tiny, write_rows
+from tests.generation.saved import read_rows, save_tiny, write_rows
 
 ROWS = [
     {
@@ -100,7 +100,7 @@ def test_base_and_adapters_are_scored_in_one_pass_and_compared(run, tmp_path, ca
     assert list(written["results"]) == ["base", "a", "b"]
     assert list(written["routing"]) == ["b"]
     assert written["routing"]["b"]["tasks"]["arc_easy"]["num_questions_covered"] == 12
-    lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "q.jsonl")
     right = [line["chosen"] == line["correct_label"] for line in lines if line["adapter"] == "a"]
     assert written["results"]["a"]["arc_easy"]["accuracy"] == sum(right) / 12
     pairs = [(one["first"], one["second"]) for one in written["comparisons"]]

@@ -1,22 +1,16 @@
-import json
-
 import pytest
 
 from loraloom.cli import generate as verb
 from loraloom.cli.main import main
 from loraloom.generation.generate import Completion
 from loraloom.host.choice import Choice
-from tests.generation.saved import write_rows
+from tests.generation.saved import read_rows, write_rows
 
 
 @pytest.fixture
 def run(saved):
     given = ["--base-model", str(saved / "base"), "--device", "cpu", "--max-new-tokens", "6"]
     return lambda *words: main(["generate", *given, *words])
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_prompt_is_completed_on_the_terminal(run, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import loraloom
 from loraloom.base.loading import load_base_model
 from loraloom.cli.main import main as loraloom_command
 from loraloom.eval.statistics import read_answers
+from tests.generation.saved import read_rows
 
 COPIES = Path(__file__).parent / "v0"
 METHODS = ("lora", "dora", "mixlora", "mixdora")
@@ -25,10 +26,6 @@ def copies(tmp_path, monkeypatch):
     shutil.copytree(COPIES, tmp_path / "copies")
     monkeypatch.chdir(tmp_path / "copies")
     return Path()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", ["base", *METHODS])
@@ -70,8 +67,8 @@ def test_the_run_file_trains_as_it_did_and_writes_what_it_did(copies):
     shutil.move("runs", "before")
     assert loraloom_command(["train", "run.yaml"]) == 0
     for name in METHODS:
-        after = read_lines(copies / "runs" / name / "metrics.jsonl")
-        before = read_lines(copies / "before" / name / "metrics.jsonl")
+        after = read_rows(copies / "runs" / name / "metrics.jsonl")
+        before = read_rows(copies / "before" / name / "metrics.jsonl")
         assert [line.get("step") for line in after] == [line.get("step") for line in before]
         assert all(old.keys() <= new.keys() for old, new in zip(before, after, strict=True))
         first, expected = (
@@ -89,8 +86,8 @@ def test_the_run_file_trains_as_it_did_and_writes_what_it_did(copies):
 def test_one_step_after_another_adapter_begins_with_its_weights(copies):
     changes = ["jobs.3.start_from=runs/mixdora", "jobs.3.train.max_steps=1", "output_dir=next"]
     assert loraloom_command(["train", "run.yaml", *(f"--set={change}" for change in changes)]) == 0
-    first = read_lines(copies / "next/mixdora/metrics.jsonl")[0]["loss"]
-    assert first < read_lines(copies / "runs/mixdora/metrics.jsonl")[0]["loss"]
+    first = read_rows(copies / "next/mixdora/metrics.jsonl")[0]["loss"]
+    assert first < read_rows(copies / "runs/mixdora/metrics.jsonl")[0]["loss"]
 
 
 def test_results_are_in_the_way_of_a_run_as_they_were(copies, capsys):
@@ -129,7 +126,7 @@ def test_an_evaluation_gives_the_results_that_it_gave(copies):
     for name, routing in before["routing"].items():
         assert routing.keys() - {"similarity", "words"} <= after["routing"][name].keys()
     assert after["adapters"] == before["adapters"]
-    answers, expected = read_lines(Path("new.jsonl")), read_lines(Path("answers.jsonl"))
+    answers, expected = read_rows(Path("new.jsonl")), read_rows(Path("answers.jsonl"))
     for answer, old in zip(answers, expected, strict=True):
         assert answer.pop("scores") == pytest.approx(old.pop("scores"), rel=1e-4)
         assert answer == old

@@ -36,3 +36,7 @@ def write_rows(path: Path, *rows: Any) -> str:
     """Write a file of JSON lines, and give its name."""
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return str(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

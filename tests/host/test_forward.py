@@ -7,19 +7,8 @@ import torch
 
 import loraloom
 from loraloom.errors import ModelError
-from tests.tiny import (
-    METHODS,
-    changed,
-    parameter_grads,
-    tiny_host,
-    tiny_ids,
-    tiny_model,
-)
-
-
-def noisy_host():
-    configs = {name: changed(config, dropout=0.4) for name, config in METHODS.items()}
-    return tiny_host(configs=configs)
+from tests.host.test_checkpointing import noisy_host
+from tests.tiny import METHODS, parameter_grads, tiny_host, tiny_ids, tiny_model
 
 
 def in_threads(*works) -> None:

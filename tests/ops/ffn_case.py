@@ -66,9 +66,6 @@ class FfnCase:
         first[:, 0] = 1
         return torch.where(self.selected[:, :1] >= 0, weights, first)
 
-    def with_leaves(self, values: Sequence[Tensor]) -> FfnCase:
-        return replace(self, leaves=dict(zip(self.leaves, values, strict=True)))
-
     def to(self, dtype: torch.dtype, device: str = "cpu") -> FfnCase:
         """The same block there; what decides weights of slots and norms stays in float32."""
 
@@ -111,13 +108,13 @@ def make_case(
     sizes = dict.fromkeys(("gate", "up"), (features, D))
     sizes |= {"gate_up": (2 * features, D), "down": (D, features)}
     names = SHAPES[shape]
-    leaves = {"x": _leaf(num_tokens, D), "slot_logits": _leaf(num_tokens, top_k)}
+    leaves = {"x": leaf(num_tokens, D), "slot_logits": leaf(num_tokens, top_k)}
     for name in targets or names:
         out_features, in_features = sizes[name]
-        leaves[f"{name}.A"] = _leaf(num_experts, rank, in_features)
-        leaves[f"{name}.B"] = _leaf(num_experts, out_features, rank)
+        leaves[f"{name}.A"] = leaf(num_experts, rank, in_features)
+        leaves[f"{name}.B"] = leaf(num_experts, out_features, rank)
         if decomposed:
-            leaves[f"{name}.m"] = _leaf(num_experts, out_features)
+            leaves[f"{name}.m"] = leaf(num_experts, out_features)
     selected = torch.rand(num_tokens, num_experts).topk(top_k).indices
     selected[list(padding)] = -1
     base = {name: torch.randn(sizes[name], dtype=torch.float64) for name in names}
@@ -253,5 +250,5 @@ def _masks(dropout: float, num_tokens: int, top_k: int, features: int) -> FfnDro
     return FfnDropout(dropout, (torch.rand(num_tokens, D) > dropout).double(), keep_slots)
 
 
-def _leaf(*shape: int) -> Tensor:
+def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)

@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 from torch.autograd import gradcheck
 
 from loraloom.ops.low_rank import add_low_rank_, decompose, dora_norms, down_project
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+from tests.ops.ffn_case import leaf
 
 
 @pytest.fixture(autouse=True)

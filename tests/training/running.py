@@ -1,7 +1,6 @@
 """Running engines in tests: a matrix of jobs, to the end, to a Ctrl-C, and on from there."""
 
 import io
-import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
 from loraloom.training.reporting import Progress
 from loraloom.training.settings import JobConfig
+from tests.generation.saved import read_rows
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
 
 
@@ -78,7 +78,7 @@ def trained_weights(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Read a job's metrics.jsonl."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(directory / "metrics.jsonl")
 
 
 def assert_same_metrics(directory: Path, expected: Path, jobs: Sequence[str]) -> None:

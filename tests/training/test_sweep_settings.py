@@ -11,6 +11,7 @@ from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 RATES = [1e-4, 3e-4]
+BASE = {"base_model": "smollm2-135m", "output_dir": "runs/a"}
 TEMPLATE = {
     "adapter": {"method": "lora", "rank": 8},
     "data": {"task": "skills", "validation_fraction": 0.1},
@@ -23,15 +24,13 @@ def sweep(**settings):
 
 
 def run(**settings):
-    base = {"base_model": "smollm2-135m", "output_dir": "runs/a"}
-    return RunConfig.model_validate({**base, "sweep": sweep(**settings)})
+    return RunConfig.model_validate({**BASE, "sweep": sweep(**settings)})
 
 
 def faults(tmp_path, **settings):
     """The message about a faulty run file, without its first line."""
     path = tmp_path / "run.yaml"
-    base = {"base_model": "smollm2-135m", "output_dir": "runs/a"}
-    path.write_text(yaml.safe_dump({**base, "sweep": sweep(**settings)}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**BASE, "sweep": sweep(**settings)}, sort_keys=False))
     with pytest.raises(ConfigError) as error:
         load_run_config(path)
     return [line.strip() for line in str(error.value).splitlines()[1:]]
@@ -162,7 +161,7 @@ def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
 
 def test_a_run_has_jobs_or_a_sweep():
     jobs = [{**TEMPLATE, "name": "a"}]
-    settings = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": jobs}
+    settings = {**BASE, "jobs": jobs}
     with pytest.raises(ValidationError, match="a run must set jobs or sweep, not both"):
         RunConfig.model_validate({**settings, "sweep": sweep()})
 

@@ -275,10 +275,15 @@ class BlockInfo:
         self, layer: int, modules: Mapping[str, nn.Module], hidden_size: int
     ) -> Block:
         """Describe it in a layer, with modules on the meta device."""
-        projections = {
-            name: self._projection(module, f"layers.{layer}.{self.path}.{name}", hidden_size)
-            for name, module in modules.items()
-        }
+        projections: dict[str, BaseProjection] = {}
+        for name, module in modules.items():
+            key = f"layers.{layer}.{self.path}.{name}"
+            if self.kind == "experts":
+                projections[name] = StackedProjection(module, "weight", key)
+            elif self.kind == "moe":
+                projections[name] = BlockProjection(module, key, hidden_size)
+            else:
+                projections[name] = BaseProjection(module, key)
         return Block(
             layer=layer,
             path=self.path,
@@ -290,13 +295,6 @@ class BlockInfo:
             experts_per_token=self.experts_per_token,
         )
 
-    def _projection(self, module: nn.Module, key: str, hidden_size: int) -> BaseProjection:
-        if self.kind == "experts":
-            return StackedProjection(module, "weight", key)
-        if self.kind == "moe":
-            return BlockProjection(module, key, hidden_size)
-        return BaseProjection(module, key)
-
 
 def _no_gating(*outputs: Tensor) -> Tensor:
     raise NotImplementedError
@@ -307,7 +305,10 @@ def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
     infos: dict[Any, BlockInfo] = {}
     for layer in layers:
         for block in layer.blocks:
-            shapes = {name: _shape(base) for name, base in block.projections.items()}
+            shapes = {}
+            for name, base in block.projections.items():
+                sizes = (base.num_experts, base.out_features, base.in_features)
+                shapes[name] = tuple(size for size in sizes if size is not None)
             key = (block.path, block.kind, block.groups, tuple(shapes.items()))
             before = infos[key].layers if key in infos else ()
             infos[key] = BlockInfo(
@@ -319,11 +320,6 @@ def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
                 experts_per_token=block.experts_per_token,
             )
     return tuple(infos.values())
-
-
-def _shape(base: BaseProjection) -> tuple[int, ...]:
-    shape = (base.out_features, base.in_features)
-    return shape if base.num_experts is None else (base.num_experts, *shape)
 
 
 @dataclass(frozen=True)
@@ -360,15 +356,12 @@ class BaseInfo:
         layers: list[list[Block]] = [[] for _ in range(self.num_layers)]
         for info in self.blocks:
             # One module for all layers: thousands of projections would take seconds even on meta.
-            modules = {name: _without_weights(shape) for name, shape in info.shapes.items()}
+            modules = {}
+            for name, shape in info.shapes.items():
+                modules[name] = nn.Linear(shape[-1], shape[-2], bias=False, device="meta")
+                modules[name].weight = nn.Parameter(torch.empty(shape, device="meta"))
             for layer in info.layers:
                 layers[layer].append(info.without_weights(layer, modules, self.hidden_size))
         return [
             BaseLayer(index, tuple(blocks), self.hidden_size) for index, blocks in enumerate(layers)
         ]
-
-
-def _without_weights(shape: tuple[int, ...]) -> nn.Module:
-    module = nn.Linear(shape[-1], shape[-2], bias=False, device="meta")
-    module.weight = nn.Parameter(torch.empty(shape, device="meta"))
-    return module

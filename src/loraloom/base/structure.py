@@ -202,9 +202,9 @@ class _LayerReader:
                 activation = _activation(self.model, module, names)
                 gating = ActivationGating(activation, is_fused=families.FUSED in names)
                 return self._block(path, "ffn", groups, self._linears(path, names), gating)
-        if not _takes_routes(module):
-            return None
         names = _stacked_names(module)
+        if names is None:
+            return None
         stacks = {}
         for name in names:
             quantized = _quantized_stack(module, name)
@@ -267,19 +267,18 @@ def _quantized_stack(experts: Any, parameter: str) -> QuantizedWeight | None:
     return quantized_weight(stacks[parameter]) if parameter in stacks else None
 
 
-def _takes_routes(module: nn.Module) -> bool:
-    """Whether transformers calls it with states, the experts of each token, and their weights.
+def _stacked_names(module: Any) -> tuple[str, str] | None:
+    """Name the stacks of a module that takes states, tokens' experts and their weights; else None.
 
     Source: transformers 5.24, `integrations/moe.py` (`use_experts_implementation`).
     """
     if not _has_stacks(module) or getattr(module, "has_post_expert_norm", True):
-        return False
-    names = _stacked_names(module)
-    return all(name in module._parameters or _quantized_stack(module, name) for name in names)
-
-
-def _stacked_names(experts: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+        return None
+    names = ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    for name in names:
+        if name not in module._parameters and _quantized_stack(module, name) is None:
+            return None
+    return names
 
 
 def _activation(model: nn.Module, ffn: nn.Module, names: Collection[str]) -> Any:

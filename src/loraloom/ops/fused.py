@@ -31,7 +31,9 @@ def fused_on_accelerators(function: _Function) -> _Function:
         try:
             return compiled(function)(*args)
         except Exception as error:
-            if not _is_of_compiler(error):
+            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException | FailOnRecompileLimitHit):
                 raise
             _failed.add(function)
             reason = str(error).strip().partition("\n")[0]
@@ -60,9 +62,3 @@ def plus_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return total + left @ right
     return torch.addmm(total, left, right)
-
-
-def _is_of_compiler(error: Exception) -> bool:
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-    return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)

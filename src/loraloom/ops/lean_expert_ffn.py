@@ -63,9 +63,12 @@ def lean_expert_ffn(
     stay apart. Without routing all tokens have one expert.
     """
     slots = Slots.of(weights, routing, outputs[0])
+    keep, p = dropout.keep_input, dropout.probability
     low_rank = None
-    if weights.input_A is not None:
-        low_rank = _project_input(hidden_states, weights.input_A, dropout, slots)
+    if weights.input_A is not None and slots.group is not None:
+        low_rank = GroupedDown.apply(hidden_states, weights.input_A, keep, p, slots)
+    elif weights.input_A is not None:
+        low_rank = down_project(hidden_states, weights.input_A, keep, p)
     slot_weights = None if routing is None else routing.routing_weights.to(outputs[0].dtype)
     tensors = {
         "low_rank": low_rank,
@@ -82,15 +85,6 @@ def lean_expert_ffn(
     block = _Block(slots, gating, dropout.scale, weights.width, sides, list(tensors))
     hidden, down_rank = _LeanFfn.apply(block, *tensors.values())
     return FfnRows(hidden, partial(_finish, down_rank, weights.down, slot_weights, slots))
-
-
-def _project_input(
-    hidden_states: Tensor, input_A: Tensor, dropout: FfnDropout, slots: Slots
-) -> Tensor:
-    keep, p = dropout.keep_input, dropout.probability
-    if slots.group is None:
-        return down_project(hidden_states, input_A, keep, p)
-    return GroupedDown.apply(hidden_states, input_A, keep, p, slots)
 
 
 def _finish(

@@ -252,22 +252,18 @@ def _product(rows: Tensor, weights: Tensor) -> Tensor:
 
 def stack_inputs(groups: Sequence[InputGroup]) -> StackedInput:
     first = groups[0]
-    num_rows = sum(side.B.shape[0] for side in first.projections.values())
-    num_outputs = sum(side.B.shape[1] for side in first.projections.values())
-    B = first.A.new_zeros(len(groups), num_rows, num_outputs)
     columns = {}
     row_scales = {}
-    row = column = 0
-    for name in first.projections:
-        sides = [group.projections[name] for group in groups]
-        rank, width = sides[0].B.shape
+    column = 0
+    for name, side in first.projections.items():
+        width = side.B.shape[1]
         columns[name] = slice(column, column + width)
-        B[:, row : row + rank, columns[name]] = torch.stack([side.B for side in sides])
-        row_scale = _stacked([side.row_scale for side in sides])
+        column += width
+        row_scale = _stacked([group.projections[name].row_scale for group in groups])
         if row_scale is not None:
             row_scales[name] = row_scale
-        row += rank
-        column += width
+    sides = [[side.B for side in group.projections.values()] for group in groups]
+    B = torch.stack([torch.block_diag(*matrices) for matrices in sides])
     maps = any(side.between is not None for side in first.projections.values())
     A = torch.stack([group.A.T for group in groups])
     return StackedInput(A, B, columns, row_scales, tuple(groups) if maps else ())

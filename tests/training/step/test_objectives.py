@@ -1,4 +1,4 @@
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import loraloom
 from loraloom.errors import ConfigError
 from loraloom.training.settings import ObjectiveConfig, RunConfig, SftConfig
 from loraloom.training.step.objectives import ScoredSamples, StepTotals, build_objective
+from tests.adapters.test_registered_methods import run_settings
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0], dtype=torch.float64)
 NUM_LABELS = (2, 1, 1, 3)
@@ -36,17 +37,12 @@ class FocalConfig(ObjectiveConfig):
         return loss, {"weight": weights.sum().item() / totals.num_labels}
 
 
-def run_settings(objective: str) -> dict[str, Any]:
-    train = {"objective": {"name": objective}, "max_steps": 1}
-    job = {"name": "a", "adapter": {"method": "lora"}, "data": {"task": "skills"}, "train": train}
-    return {"base_model": "base", "output_dir": "out", "jobs": [job]}
-
-
 def test_a_registered_objective_is_one_of_run_files(methods_as_before):
+    settings = run_settings(objective="focal")
     with pytest.raises(ValueError, match="'sft', 'dpo', 'cpo'"):
-        RunConfig.model_validate(run_settings("focal"))
+        RunConfig.model_validate(settings)
     assert loraloom.register_objective(FocalConfig) is FocalConfig
-    run = RunConfig.model_validate(run_settings("focal"))
+    run = RunConfig.model_validate(settings)
     assert RunConfig.model_validate(run.model_dump()) == run
     train = run.jobs[0].train
     assert isinstance(train.objective, FocalConfig)
@@ -56,7 +52,7 @@ def test_a_registered_objective_is_one_of_run_files(methods_as_before):
     assert metrics.keys() == {"weight"}
     again = type("FocalConfig", (FocalConfig,), {"__doc__": "New.", "__module__": __name__})
     loraloom.register_objective(again)  # a notebook's cell that runs once more
-    assert type(RunConfig.model_validate(run_settings("focal")).jobs[0].train.objective) is again
+    assert type(RunConfig.model_validate(settings).jobs[0].train.objective) is again
 
 
 def test_an_objective_without_terms_or_with_a_taken_name_is_refused():
