@@ -125,8 +125,7 @@ def load_base_model(
             config.json, float32 if that is float64 or missing, bfloat16 for a .gguf file; of 16
             bits the one that the device computes in, and float32 on a CPU that computes in none.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator if there is one.
-        attn_implementation: sdpa, eager, flex_attention or flash_attention_2 (3, 4); None for the
-            choice of transformers.
+        attn_implementation: One of `AttnImplementation`; None for the choice of transformers.
         quantization: nf4, fp4, int8 or torchao-int8; None keeps the weights of the checkpoint.
         sharded: Whether to read only this rank's part of the weights; all ranks of
             torch.distributed's default group must call this.

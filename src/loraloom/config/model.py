@@ -15,12 +15,7 @@ BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
 # All but the first two are compared with eager when a host is made.
 AttnImplementation = Literal[
-    "sdpa",
-    "eager",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-    "flex_attention",
+    "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
 ]
 
 

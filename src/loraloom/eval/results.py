@@ -240,10 +240,6 @@ def _harness_cells(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[st
     return cells
 
 
-def _figure_of(result: Mapping[str, Any]) -> str:
-    return LOSS if "loss" in result else _accuracy_of(result)
-
-
 def _accuracy_of(result: Mapping[str, Any]) -> str:
     return f"{result.get('metric', 'accuracy').replace('_', ' ')} %"
 
@@ -270,7 +266,8 @@ def _seeds_table(evaluation: Evaluation) -> Table:
         seeds = group["adapters"]
         first_results = evaluation.results.get(seeds[0], {})
         for task, figures in group["tasks"].items():
-            figure = _figure_of(first_results.get(task, {}))
+            result = first_results.get(task, {})
+            figure = LOSS if "loss" in result else _accuracy_of(result)
             write: Any = _percent if figure.endswith("%") else _decimals
             spread = f"{write(figures['mean'])} ± {write(figures['sd'])}"
             table.add_row(stem, task, figure, str(len(seeds)), spread)

@@ -278,8 +278,7 @@ class Engine:
                 num_tokens, error = self._read_piece(piece, size)
                 if isinstance(error, torch.OutOfMemoryError) and num_others:
                     # it waits until others, whose memory it needs, have ended
-                    self._make_do_with(min(num_others, self._scheduler.max_rows))
-                    self._put_back([piece])
+                    self._put_back([piece], min(num_others, self._scheduler.max_rows))
                 elif error is not None:
                     self._drop(piece, error)
             budget -= num_tokens
@@ -387,8 +386,12 @@ class Engine:
             self._runner.remember(row)
         self._put_back([row])
 
-    def _put_back(self, rows: Sequence[Row]) -> None:
+    def _put_back(self, rows: Sequence[Row], max_rows: int | None = None) -> None:
+        """Let rows wait again; after memory ran out, at most `max_rows` are served from now on."""
         self._leave(rows)
+        if max_rows is not None:
+            free_memory()
+            self._scheduler.max_rows = max_rows
         with self._wake:
             # Each goes in front of the others, so that the first that arrived is the first again.
             for row in sorted(rows, key=lambda row: row.arrival, reverse=True):
@@ -413,12 +416,7 @@ class Engine:
             for row in rows:
                 self._drop(row, error)
             return
-        self._make_do_with(max(len(rows) // 2, 1))
-        self._put_back(rows)
-
-    def _make_do_with(self, num_rows: int) -> None:
-        free_memory()
-        self._scheduler.max_rows = num_rows
+        self._put_back(rows, max(len(rows) // 2, 1))
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")

@@ -452,8 +452,7 @@ def _linear_outputs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the summands of the block's output but W_down h, and their gradients.
 
-    Weights stand in front of B and of the biases, so that no value of a summand is read, and none
-    is computed.
+    Weights stand in front of B and of the biases: no summand's values are read, or computed.
     """
     outputs = []
     grads = []
