@@ -381,7 +381,7 @@ class Engine:
         return False
 
     def _send_back(self, row: Row) -> None:
-        self.counts[("preemptions",)] += 1
+        self.counts["preemptions",] += 1
         if row in self._runner.rows:
             self._runner.remember(row)
         self._put_back([row])
