@@ -173,7 +173,7 @@ def _base_layer(mlp: LlamaMLP, setting: LayerSetting) -> BaseLayer:
         hidden_size=setting.hidden_size,
         gating=ActivationGating(mlp.act_fn),
     )
-    return BaseLayer(0, (block,), setting.hidden_size)
+    return BaseLayer(0, "model.layers.0", (block,), setting.hidden_size)
 
 
 def _peft(

@@ -5,7 +5,7 @@ import signal
 import pytest
 from peft.utils.other import get_pattern_key
 
-from loraloom.adapters.tensor_names import matches
+from loraloom.base.targets import matches
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from tests.formats.tiny import edit_config, llama_base, write

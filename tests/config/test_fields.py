@@ -35,7 +35,7 @@ JOB = {
     [
         (
             {"adapter": {"method": "lora", "target_modules": [5]}},
-            ["adapter.target_modules must be 'all-l", "adapter.target_modules.0 must be a valid"],
+            ["adapter: target_modules must be all-linear"],
         ),
         ({"adapter": {}}, ["adapter requires 'method', which is missing"]),
         ({"data": {"mix": [{"task": "boolq"}, {}]}}, ["data.mix.1: a source must be a task or"]),

@@ -131,7 +131,7 @@ def test_peft_reads_a_lora_on_experts_that_was_trained_with_dropout(tmp_path):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("experts", "on experts, does not load DoRA; write"),
+        ("experts", "on experts of qwen3_moe, does not load DoRA; write"),
         ("moe", "updates next to a block"),
     ],
 )

@@ -78,7 +78,7 @@ def assert_is_sum(host: Host, name: str, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "targets"),
     [
-        ({"target_modules": ("q_proj", "k_proj")}, ("q_proj", "v_proj", "k_proj")),
+        ({"target_modules": ("q_proj", "k_proj")}, ("q_proj", "k_proj", "v_proj")),
         ({"target_modules": "ffn"}, ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")),
         ({"target_modules": ("v_proj", "o_proj"), "layers": (1,)}, None),
         ({"target_modules": ("layers.0.mlp.up_proj",), "rank_pattern": {"up_proj": 2}}, None),

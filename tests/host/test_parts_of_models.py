@@ -78,7 +78,10 @@ def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_
         (METHODS["mixlora"], r"MixLoRA requires experts: .*\(gate_up_proj, down_proj, moe\)"),
         (ALL_METHODS["loramoe"], "LoRAMoE requires experts"),
         (LoraConfig(target_modules="ffn"), "target_modules must name projections .* got ffn"),
-        (LoraConfig(target_modules=("gate_proj",)), r"\(q_proj, .*, moe\) or be .*experts, moe"),
+        (
+            LoraConfig(target_modules=("gate_proj",)),
+            r"\(self_attn\.q_proj, .*, mlp\.experts\.down_proj\),.* or be .*experts, moe",
+        ),
     ],
 )
 def test_the_experts_of_a_base_model_are_named_by_who_adapts_them(config, message):

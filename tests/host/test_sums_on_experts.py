@@ -178,11 +178,12 @@ def test_factors_that_all_experts_share_stay_shared():
     assert mixed.tensors()["layers.0.mlp.experts.gate_up_proj.lora_A"].shape == (4, 6, 32)
 
 
-def test_names_that_other_projections_have_too_are_written_out():
+def test_a_sum_names_a_shared_experts_projections_apart_from_the_experts():
     configs = {"x": LoraConfig(rank=3, target_modules="ffn"), "y": LoraConfig(rank=2)}
     host = tiny_host("qwen2_moe", configs)
     combined = host.combine(["x", "y"], [0.5, 0.5], name="z")
-    assert "layers.0.mlp.shared_expert.down_proj" in combined.config.target_modules
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert combined.config.target_modules == names
     rows = ["z", "x:0.5+y:0.5"]
     logits = [host(IDS, adapters=[row]).logits for row in rows]
     assert relative_error(*logits) < 1e-7

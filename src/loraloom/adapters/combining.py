@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,9 +131,8 @@ def _combined_config(
     settings |= {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
     settings |= {"rank_pattern": {}, "alpha_pattern": {}, "expert_rank": None}
     config = checked(LoraConfig, settings)
-    if {base.key for base in config.adapted(base_layers)} != ranks.keys():
-        targets = _targets(ranks.keys(), base_layers)
-        config = config.model_copy(update={"target_modules": targets, "layers": None})
+    if config.targeted_keys(base_layers) != ranks.keys():
+        config = config.with_targets(ranks.keys(), base_layers)
     adapted = config.adapted(base_layers)
     on_experts = [ranks[base.key] for base in adapted if base.num_experts is not None]
     if on_experts:
@@ -147,12 +146,3 @@ def _combined_config(
             "alpha_pattern": alphas | config.alpha_pattern,
         }
     )
-
-
-def _targets(keys: Set[str], base_layers: Sequence[BaseLayer]) -> tuple[str, ...]:
-    """Name projections by the last words of their keys, unless others have such names too."""
-    names = tuple(dict.fromkeys(key.rpartition(".")[2] for key in keys))
-    named = LoraConfig(target_modules=names).adapted(base_layers)
-    if {base.key for base in named} == keys:
-        return names
-    return tuple(keys)

@@ -13,8 +13,10 @@ Axes: T tokens of one segment, D hidden, F feed-forward, P columns of the A prod
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -26,8 +28,9 @@ from torch import Tensor, nn
 from loraloom.adapters.projection import OwnModule as OwnModule
 from loraloom.adapters.projection import Projection as Projection
 from loraloom.adapters.segment import MoeFfn, Records, Samples, SegmentTokens
-from loraloom.adapters.tensor_names import Shape, Weights, is_meant
+from loraloom.adapters.tensor_names import Shape, Weights
 from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
+from loraloom.base.targets import ALL_LINEAR, check_pattern, is_pattern, name_targets, select
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, shown
@@ -49,7 +52,7 @@ Adjustable = Annotated[_Setting, _ADJUSTABLE]
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 TargetGroup = Literal["all-linear", "attention", "ffn", "experts", "moe"]
-Targets = TargetGroup | tuple[str, ...]
+Targets = TargetGroup | str | tuple[str, ...]
 
 
 class AdapterConfig(StrictModel, ABC):
@@ -67,8 +70,6 @@ class AdapterConfig(StrictModel, ABC):
     """How tensors are named on disk; see formats/."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Names that people give as `method` for settings of this one, and what to write instead."""
-    targets_places: ClassVar[bool] = False
-    """Whether a target may be the end of `layers.{L}.{block}.{projection}`, and files hold that."""
     adapts_stacks: ClassVar[bool] = False
     """Whether it can be on the experts of a base model, whose weights are one tensor."""
     needs_weights: ClassVar[bool] = False
@@ -82,9 +83,11 @@ class AdapterConfig(StrictModel, ABC):
     dropout: Adjustable[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update, in training only."""
     target_modules: Adjustable[Targets] = "all-linear"
-    """Projections to adapt: their names, and kinds of blocks. `attention` and `ffn` are linear
+    """Projections to adapt: kinds of blocks, or the last words of paths in the base model, such as
+    `q_proj`, `shared_expert.down_proj` or `layers.3.mlp.up_proj`. `attention` and `ffn` are linear
     layers, both of them `all-linear`; where a base model is a mixture of experts, `experts` are its
-    experts' projections, and `moe` is an update of its whole block's output."""
+    experts' projections, and `moe` is an update of its whole block's output. A string such as
+    `.*\\.[qv]_proj` is a regular expression of whole paths, as in PEFT."""
     modules_to_save: Adjustable[tuple[str, ...]] = ()
     """Modules outside of the projections that the adapter trains whole, as a separate copy:
     `embed_tokens`, `lm_head`, norms; names or the ends of paths, in whole words."""
@@ -96,11 +99,17 @@ class AdapterConfig(StrictModel, ABC):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _check_target_modules(cls, targets: Any) -> Any:
-        groups = ", ".join(get_args(TargetGroup))
-        if isinstance(targets, list | tuple) or targets in groups.split(", "):
+        groups = get_args(TargetGroup)
+        if isinstance(targets, str):
+            if targets in groups:
+                return targets
+            if is_pattern(targets):
+                return check_pattern(targets)
+        elif isinstance(targets, list | tuple) and all(isinstance(name, str) for name in targets):
             return targets
         raise ValueError(
-            f"target_modules must be {groups} or a list of module names, got {shown(targets)}"
+            f"target_modules must be {', '.join(groups)}, a list of module names, or a regular "
+            f"expression of whole paths, got {shown(targets)}"
         )
 
     @abstractmethod
@@ -125,23 +134,25 @@ class AdapterConfig(StrictModel, ABC):
             adapter = self.build("shapes", layers, torch.float32, seed=0)
         return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
 
-    def targets_in(self, block: Block) -> frozenset[str]:
-        """Name the projections that an adapter has in a block, some of its targets or all."""
-        targets = self._targets()
-        if block.kind in targets:
-            return frozenset(block.projections)
-        return frozenset(
-            name
-            for name, base in block.projections.items()
-            if any(is_meant(target, base.key) for target in targets)
-        )
+    def targeted_keys(self, base_layers: Sequence[BaseLayer]) -> frozenset[str]:
+        """Resolve `target_modules` to keys of projections, `layers.{L}.{block}.{projection}`."""
+        return select(self.target_modules, self.layers_to_adapt(base_layers)).keys
 
-    def _targets(self) -> tuple[str, ...]:
-        if self.target_modules == "all-linear":
-            return ("attention", "ffn")
-        if isinstance(self.target_modules, str):
-            return (self.target_modules,)
-        return self.target_modules
+    def may_adapt(self, block: Block) -> bool:
+        """Whether settings besides `target_modules` leave a block to be adapted."""
+        return True
+
+    def with_targets(self, keys: Set[str], base_layers: Sequence[BaseLayer]) -> AdapterConfig:
+        """Return the settings with targets that mean exactly these projections."""
+        names = name_targets(keys, self.layers_to_adapt(base_layers))
+        return self.model_copy(update={"target_modules": names})
+
+    def layers_to_adapt(self, base_layers: Sequence[BaseLayer]) -> list[BaseLayer]:
+        """Leave out the blocks that other settings than `target_modules` leave out."""
+        return [
+            replace(layer, blocks=tuple(filter(self.may_adapt, layer.blocks)))
+            for layer in base_layers
+        ]
 
     def fitted(self, base_layers: Sequence[BaseLayer]) -> AdapterConfig:
         """Return the settings with those written out that depend on the base model."""
@@ -150,29 +161,14 @@ class AdapterConfig(StrictModel, ABC):
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         """Raise an AdapterError if a setting means nothing on a base model."""
         adapted = self.adapted(base_layers)
-        names = dict.fromkeys(base.name for layer in base_layers for base in layer.projections)
-        kinds = dict.fromkeys(block.kind for layer in base_layers for block in layer.blocks)
-
-        def is_known(target: str) -> bool:
-            if self.targets_places or target.startswith("experts."):
-                return target in kinds or any(is_meant(target, base.key) for base in adapted)
-            return target in kinds or target in names
-
-        unknown = set[str]()
-        if not isinstance(self.target_modules, str):
-            unknown.update(target for target in self.target_modules if not is_known(target))
-        if unknown or not adapted:
-            projections = [base for layer in base_layers for base in layer.projections]
-            for closed in filter(None, (base.closed_experts for base in projections)):
-                raise AdapterError(
-                    f"experts must have weights that can be read, got {closed}; set "
-                    "target_modules: [attention, moe], or load a base model in another form, "
-                    "dequantized for example"
-                )
-            raise AdapterError(
-                "target_modules must name projections of the base model's layers that are adapted "
-                f"({', '.join(names)}) or be all-linear, {', '.join(kinds)}; "
-                f"got {', '.join(sorted(unknown)) or self.target_modules}"
+        selection = select(self.target_modules, self.layers_to_adapt(base_layers))
+        if selection.unknown or not adapted:
+            raise _no_such_target(self.target_modules, selection.unknown, base_layers)
+        for word in selection.stack_words:
+            warnings.warn(
+                f"target_modules: {word} names no linear layer of this base model, and training "
+                f"continues on its experts' weights of that name; write experts.{word}",
+                stacklevel=2,
             )
         for base in adapted:
             self._check_computes_on(base)
@@ -191,12 +187,9 @@ class AdapterConfig(StrictModel, ABC):
             )
 
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
-        adapted = list[BaseProjection]()
-        for layer in base_layers:
-            for block in layer.blocks:
-                targets = self.targets_in(block)
-                adapted += [base for name, base in block.projections.items() if name in targets]
-        return adapted
+        """Return the projections that the settings adapt, in the base model's order."""
+        keys = self.targeted_keys(base_layers)
+        return [base for layer in base_layers for base in layer.projections if base.key in keys]
 
     @property
     def experts_per_token(self) -> int | None:
@@ -236,6 +229,31 @@ class AdapterConfig(StrictModel, ABC):
             for name, field in type(self).model_fields.items()
             if _ADJUSTABLE not in field.metadata
         }
+
+
+def _no_such_target(
+    targets: Targets, unknown: Sequence[str], base_layers: Sequence[BaseLayer]
+) -> AdapterError:
+    """Say which targets a base model has."""
+    paths = dict[str, None]()
+    kinds = dict[str, None]()
+    for layer in base_layers:
+        for block in layer.blocks:
+            kinds[block.kind] = None
+            for name, base in block.projections.items():
+                if base.closed_experts is not None:
+                    return AdapterError(
+                        f"experts must have weights that can be read, got {base.closed_experts}; "
+                        "set target_modules: [attention, moe], or load a base model in another "
+                        "form, dequantized for example"
+                    )
+                if base.has_weight:
+                    paths[f"{block.path}.{name}"] = None
+    got = ", ".join(unknown) or targets
+    return AdapterError(
+        f"target_modules must name projections of the base model's layers ({', '.join(paths)}), by "
+        f"the last words of their paths, or be {ALL_LINEAR}, {', '.join(kinds)}; got {got}"
+    )
 
 
 class Adapter(nn.Module, ABC):

@@ -33,14 +33,15 @@ def too_large(name: str, value: int, limit: str, most: int) -> Iterator[str]:
 
 def check_has_experts(config: AdapterConfig, base_layers: Sequence[BaseLayer]) -> None:
     """Raise an AdapterError if experts that are on FFN projections would be on none."""
+    keys = config.targeted_keys(base_layers)
     adapted = set[str]()
     in_ffn = dict[str, None]()
     for layer in base_layers:
         for block in layer.blocks:
-            targets = config.targets_in(block)
-            if targets and block.is_feed_forward:
+            names = block.names_of(keys)
+            if names and block.is_feed_forward:
                 return
-            adapted |= targets
+            adapted.update(names)
             if block.is_feed_forward:
                 in_ffn |= dict.fromkeys(block.projections)
     raise AdapterError(

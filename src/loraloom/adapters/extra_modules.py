@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loraloom.adapters.contract import AdapterConfig
-from loraloom.adapters.tensor_names import Shape, is_meant
+from loraloom.adapters.tensor_names import Shape
 from loraloom.base.blocks import BaseInfo
+from loraloom.base.targets import is_meant
 from loraloom.errors import AdapterError
 
 # What the names of such tensors begin with.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Adjustable, Projection
 from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
 from loraloom.adapters.low_rank import DecomposedConfig
-from loraloom.adapters.tensor_names import Pattern, TensorKey, matches
+from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
+from loraloom.base.targets import Pattern, matches, name_targets, names_layers
 from loraloom.errors import AdapterError
 
 _Index = Annotated[int, Field(ge=0)]
@@ -29,16 +30,12 @@ ALL_EXPERTS: dict[str, Any] = {"shared_outer": False, "base_experts": None}
 class LoraConfig(DecomposedConfig):
     """Low-rank adaptation: y = Wx + b + s·B(A(dropout(x))).
 
-    A name in `target_modules` may be the end of `layers.{layer}.{block}.{projection}`, which then
-    adapts that projection alone.
-
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685; Liu et al. 2024, DoRA, arXiv:2402.09353;
     Kalajdzievski 2023, rsLoRA, arXiv:2312.03732.
     """
 
     peft_type = "LORA"
     layout = "peft"
-    targets_places = True
     adapts_stacks = True
     formula = "y = Wx + b + s·B(Ax)"
     aliases: ClassVar = {
@@ -86,31 +83,53 @@ class LoraConfig(DecomposedConfig):
 
     def fitted(self, base_layers: Sequence[BaseLayer]) -> LoraConfig:
         """Write the rank on a base model's experts into the patterns, as files say it."""
+        keys = self.targeted_keys(base_layers)
         ranks = dict(self.rank_pattern)
         alphas = dict(self.alpha_pattern)
         for base_layer in base_layers:
             for block in base_layer.blocks:
-                is_stacked = block.num_experts is not None and self.targets_in(block)
-                if not is_stacked or any(matches(p, block.output.key) for p in ranks):
+                if block.num_experts is None:
                     continue
                 divided = max(1, self.rank // (block.experts_per_token or 1))
                 rank = self.expert_rank or divided
-                if rank == self.rank:
-                    continue
-                pattern = rf"{re.escape(block.path)}\.\w+"
-                ranks[pattern] = rank
                 factor = rank / self.rank
                 if self.rank_stabilized:
                     factor = factor**0.5
+                # A projection whose rank the settings name keeps it, and its alpha.
+                names = [
+                    name
+                    for name in block.names_of(keys)
+                    if not any(matches(p, block.projections[name].key) for p in self.rank_pattern)
+                ]
+                if not names or rank == self.rank:
+                    continue
+                pattern = _pattern_of(block, names, self.rank_pattern)
+                ranks[pattern] = rank
                 alphas[pattern] = self.alpha * factor
         return self.model_copy(update={"rank_pattern": ranks, "alpha_pattern": alphas})
 
-    def targets_in(self, block: Block) -> frozenset[str]:
+    def may_adapt(self, block: Block) -> bool:
         if self.layers is not None and block.layer not in self.layers:
-            return frozenset()
-        if block.num_experts is not None and self.experts_in(block) == ():
-            return frozenset()
-        return super().targets_in(block)
+            return False
+        return block.num_experts is None or self.experts_in(block) != ()
+
+    def with_targets(self, keys: Set[str], base_layers: Sequence[BaseLayer]) -> LoraConfig:
+        """Name `layers` where words then say the rest; else the projections of each layer."""
+        of_all_layers = self.model_copy(update={"layers": None})
+        layers_to_adapt = of_all_layers.layers_to_adapt(base_layers)
+        names = name_targets(keys, layers_to_adapt)
+        layers = None
+        if names_layers(names):
+            indices = tuple(
+                layer.index
+                for layer in base_layers
+                if any(base.key in keys for base in layer.projections)
+            )
+            in_layers = name_targets(keys, [layers_to_adapt[index] for index in indices])
+            if not names_layers(in_layers):
+                names = in_layers
+                layers = indices
+        return self.model_copy(update={"target_modules": names, "layers": layers})
 
     def experts_in(self, block: Block) -> tuple[int, ...] | None:
         """The adapted experts of a base model's block, in order; None: all."""
@@ -145,7 +164,8 @@ class LoraConfig(DecomposedConfig):
 
     def _check_experts(self, base_layers: Sequence[BaseLayer]) -> None:
         blocks = [block for layer in base_layers for block in layer.blocks]
-        adapted = [b for b in blocks if b.num_experts is not None and self.targets_in(b)]
+        keys = self.targeted_keys(base_layers)
+        adapted = [b for b in blocks if b.num_experts is not None and b.names_of(keys)]
         if not adapted:
             raise AdapterError(
                 "base_experts requires target_modules on a base model's experts, such as `experts`"
@@ -171,6 +191,14 @@ class LoraConfig(DecomposedConfig):
         if self.shared_outer:
             stacked.share("lora_B" if base is block.output else "lora_A")
         return stacked
+
+
+def _pattern_of(block: Block, names: Sequence[str], named: Mapping[str, int]) -> str:
+    """Match projections of a block of experts, in all layers where no pattern names some."""
+    if not named:
+        return rf"{re.escape(block.path)}\.\w+"
+    projections = "|".join(map(re.escape, names))
+    return rf"layers\.{block.layer}\.{re.escape(block.path)}\.({projections})"
 
 
 def with_all_experts(

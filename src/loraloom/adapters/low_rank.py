@@ -113,18 +113,14 @@ def projection_layers(
     build: Callable[[BaseProjection, Block], Projection],
 ) -> list[nn.ModuleDict]:
     """Build the weights on targeted projections, by layer and the names of block and projection."""
+    keys = config.targeted_keys(base_layers)
     layers = list[nn.ModuleDict]()
     for layer in base_layers:
         blocks = nn.ModuleDict()
         for block in layer.blocks:
-            targets = config.targets_in(block)
-            blocks[block.module_name] = nn.ModuleDict(
-                {
-                    name: build(base, block)
-                    for name, base in block.projections.items()
-                    if name in targets
-                }
-            )
+            names = block.names_of(keys)
+            projections = {name: build(block.projections[name], block) for name in names}
+            blocks[block.module_name] = nn.ModuleDict(projections)
         layers.append(blocks)
     return layers
 

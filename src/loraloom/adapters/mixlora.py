@@ -272,8 +272,9 @@ def _build_layers(
         return LoraProjection(base, expert, config.num_experts, dtype, seed)
 
     layers = projection_layers(config, base_layers, build)
+    keys = config.targeted_keys(base_layers)
     for block in chain.from_iterable(layer.blocks for layer in base_layers):
-        if block.gating is not None and config.targets_in(block):
+        if block.gating is not None and block.names_of(keys):
             layers[block.layer][_router_of(block)] = Router(
                 f"layers.{block.layer}.{block.path}.router",
                 (config.num_experts, block.hidden_size),

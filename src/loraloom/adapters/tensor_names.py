@@ -22,14 +22,10 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated
 
-from pydantic import AfterValidator
-from pydantic_core import SchemaError, SchemaValidator, core_schema
 from torch import Tensor, nn
 
-from loraloom.errors import AdapterError, shown
+from loraloom.errors import AdapterError
 
 _PART = r"(?P<part>(?!weight$|bias$)\w+)"
 _PATTERN = re.compile(
@@ -104,46 +100,3 @@ def check_can_be_saved(module: nn.Module, tensors: Iterable[Tensor], title: str)
 def within(name: str) -> str:
     """Leave out of which adapter within another one a tensor is."""
     return name[match.end() :] if (match := _WITHIN.match(name)) else name
-
-
-def is_meant(target: str, key: str) -> bool:
-    """Whether a target names a projection, by the end of `layers.{L}.{block}.{projection}`."""
-    return f".{key}".endswith(f".{target}")
-
-
-_MAX_LENGTH = 1000
-
-
-def _check_pattern(pattern: str) -> str:
-    _compiled(pattern)
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches the end of a module's name, at a dot or as a whole.
-
-    Raises:
-        ValueError: If it is not a regular expression, or one of another kind than pydantic's.
-
-    Source: peft 0.21.2, `peft/utils/other.py` (`get_pattern_key`).
-    """
-    return _compiled(pattern).isinstance_python(name)
-
-
-@lru_cache(maxsize=1000)
-def _compiled(pattern: str) -> SchemaValidator:
-    if len(pattern) > _MAX_LENGTH or "{" in pattern:  # counted repeats make large programs
-        raise ValueError(
-            f"{shown(pattern)} is not a regular expression of up to {_MAX_LENGTH} characters "
-            "without `{`"
-        )
-    # pydantic's engine takes linear time, where `re` may search for ever.
-    schema = core_schema.str_schema(pattern=rf"^(.*\.)?({pattern})$")
-    try:
-        return SchemaValidator(schema)
-    except SchemaError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{shown(pattern)} is not a regular expression: {reason}") from None

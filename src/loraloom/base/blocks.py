@@ -4,7 +4,7 @@ Axes: T tokens, I in_features, O out_features, F feed-forward, E experts of the 
 S columns of an A product, R rank.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -237,6 +237,10 @@ class Block:
         """Whether it is an FFN block of single projections, with a gating between them."""
         return self.gating is not None and self.num_experts is None
 
+    def names_of(self, keys: Collection[str]) -> list[str]:
+        """Return the names of those projections whose keys are among others."""
+        return [name for name, base in self.projections.items() if base.key in keys]
+
     @property
     def output(self) -> BaseProjection:
         return self.projections[self.groups[-1][-1]]
@@ -251,6 +255,7 @@ class BaseLayer:
     """One decoder layer, as an adapter sees it; blocks may differ from layer to layer."""
 
     index: int
+    path: str  # in the base model: `model.layers.3`, for instance
     blocks: tuple[Block, ...]
     hidden_size: int
 
@@ -343,7 +348,9 @@ class BaseInfo:
     embedding: str = ""
     head: str = ""  # their paths: of the input and the output embeddings
     ties_head: bool = False  # whether the two have one weight
-    has_own_names: bool = True  # no other linear module of the model has a projection's name
+    module_paths: tuple[str, ...] = ()
+    parameter_paths: tuple[str, ...] = ()
+    """Paths of all modules and of all parameters, which names in PEFT's files may match."""
 
     def has_fingerprint(self, recorded: str | None) -> bool:
         """Whether a recorded fingerprint may be this model's; one of another form may."""
@@ -363,5 +370,6 @@ class BaseInfo:
             for layer in info.layers:
                 layers[layer].append(info.without_weights(layer, modules, self.hidden_size))
         return [
-            BaseLayer(index, tuple(blocks), self.hidden_size) for index, blocks in enumerate(layers)
+            BaseLayer(index, f"{self.layers_path}.{index}", tuple(blocks), self.hidden_size)
+            for index, blocks in enumerate(layers)
         ]

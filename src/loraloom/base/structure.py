@@ -64,7 +64,7 @@ def read_structure(model: nn.Module) -> Structure:
     modules = list(model.get_submodule(layers_path).children())
     attention_path, groups = _find_attention(model, modules)
     layers = [
-        _LayerReader(model, module, index).read(attention_path, groups)
+        _LayerReader(model, module, index, f"{layers_path}.{index}").read(attention_path, groups)
         for index, module in enumerate(modules)
     ]
     quantized = quantized_weights(model)
@@ -154,6 +154,7 @@ class _LayerReader:
     model: nn.Module
     layer: nn.Module
     index: int
+    path: str  # of the layer in the model
 
     def read(self, attention_path: str, groups: InputGroups) -> BaseLayer:
         names = tuple(chain.from_iterable(groups))
@@ -163,7 +164,7 @@ class _LayerReader:
             linears = self._linears(attention_path, names)
             blocks.append(self._block(attention_path, "attention", groups, linears))
         blocks += self._other_blocks()
-        return BaseLayer(self.index, tuple(blocks), self.hidden_size)
+        return BaseLayer(self.index, self.path, tuple(blocks), self.hidden_size)
 
     @property
     def hidden_size(self) -> int:
@@ -324,12 +325,6 @@ def _describe(
     projections = [projection for layer in layers for projection in layer.projections]
     kinds = [base.quantized.kind for base in projections if base.quantized is not None]
     paths = {id(module): path for path, module in model.named_modules()}
-    adapted = {id(projection.linear) for projection in projections}
-    other_names = {
-        path.rpartition(".")[2]
-        for path, module in model.named_modules()
-        if is_linear(module) and id(module) not in adapted
-    }
     return BaseInfo(
         name_or_path=getattr(config, "_name_or_path", ""),
         model_type=config.model_type,
@@ -346,7 +341,8 @@ def _describe(
         embedding=paths[id(embedding)],
         head=paths[id(head)],
         ties_head=embedding.weight is head.weight,
-        has_own_names=other_names.isdisjoint(projection.name for projection in projections),
+        module_paths=tuple(path for path in paths.values() if path),
+        parameter_paths=tuple(name for name, _ in model.named_parameters()),
     )
 
 

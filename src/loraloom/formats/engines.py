@@ -25,6 +25,7 @@ from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseInfo, BaseProjection
 from loraloom.errors import AdapterError
 from loraloom.formats.experts import INTERLEAVED
+from loraloom.formats.fields import is_parameter_in_peft
 from loraloom.formats.layouts import render
 from loraloom.formats.raw_files import AdapterFiles
 
@@ -77,8 +78,11 @@ def engine_files(
         "layers_to_transform": None,
         "target_modules": sorted(modules - {"experts", "base_layer"}),
     }
-    if single:
-        del fields["target_parameters"]
+    # An engine finds linear layers by their names in `target_modules`.
+    parameters = fields.pop("target_parameters", [])
+    stacks = [name for name in parameters if not name.endswith(".weight")]
+    if stacks and not single:
+        fields["target_parameters"] = stacks
     return replace(files, config=fields, tensors=named, metadata={"format": "pt"})
 
 
@@ -111,8 +115,8 @@ def as_peft_holds(
     adapted = config.adapted(layers)
     _check_not_beside(adapted, "PEFT")
     config, tensors = with_all_experts(config, tensors, layers)
-    if any(projection.num_experts is not None for projection in adapted):
-        _check_method(config, "PEFT, on experts,")
+    if any(is_parameter_in_peft(projection, base) for projection in adapted):
+        _check_method(config, f"PEFT, on experts of {base.model_type},")
         config = config.model_copy(update={"dropout": 0.0})
     return config, tensors
 

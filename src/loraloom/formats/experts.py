@@ -25,7 +25,7 @@ Source: peft 0.21.2, `peft/tuners/lora/layer.py` (`ParamWrapper`),
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loraloom.adapters.lora import pattern_value
-from loraloom.adapters.tensor_names import is_meant
+from loraloom.base.targets import is_meant
 from loraloom.errors import shown
 from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
 
@@ -48,7 +48,6 @@ _PEFTS = re.compile(
     r"(?P<experts>(?:\w+\.)*\w*experts)(?P<inner>\.base_layer)?\.(?P<part>lora_\w+(?:\.weight)?)",
     re.ASCII,
 )
-_READ = ("target_parameters", "lora_B_layout")
 # Of B's columns, as Unsloth calls them; PEFT's is the first.
 _LAYOUTS = ("rank_major", "grouped_by_expert")
 _EXPERT = re.compile(
@@ -83,17 +82,15 @@ def write_stacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_stacks(files: AdapterFiles) -> AdapterFiles:
-    """Give tensors of stacked experts our names and axes, and name them as targets."""
+    """Give tensors of stacked experts our names and axes."""
     _check_version(files)
     layout = _column_layout(files)
     parameters = files.config["target_parameters"]
     ranks = files.section("rank_pattern")
     tensors = {}
-    targets = list(files.targets())
     for name, tensor in files.tensors.items():
         match = _PEFTS.fullmatch(name)
         if match is None:
-            _refuse_router(files, name, parameters)
             tensors[name] = tensor
             continue
         experts = match["experts"].removeprefix(_PREFIX)
@@ -109,28 +106,11 @@ def read_stacks(files: AdapterFiles) -> AdapterFiles:
                 f"{shown(parameters)} and {name}"
             )
         projection = names[0] if match["inner"] else names[-1]
-        targets.append(f"{experts.rpartition('.')[2]}.{projection}")
         key = f"{experts}.{projection}"
         rank = pattern_value(ranks, key, files.config.get("r"))
         named = f"{match['experts']}.{projection}.{match['part']}"
         tensors[named] = _stacked(files, name, match["part"], tensor, rank, layout)
-    config = {name: value for name, value in files.config.items() if name not in _READ}
-    if not isinstance(config.get("target_modules"), str):
-        config["target_modules"] = list(dict.fromkeys(targets))
-    return replace(files, config=config, tensors=tensors)
-
-
-def _refuse_router(files: AdapterFiles, name: str, parameters: Sequence[str]) -> None:
-    module = name.rpartition(".lora_")[0]
-    for parameter in parameters:
-        path, _, leaf = parameter.rpartition(".")
-        if leaf == "weight" and is_meant(path, module):
-            raise files.error(
-                f"`{parameter}` in `target_parameters` adapts a router, which is not supported; "
-                "train with target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'] and "
-                "target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'], for "
-                "example, in place of all-linear"
-            )
+    return replace(files, tensors=tensors)
 
 
 def _column_layout(files: AdapterFiles) -> str | None:
@@ -230,10 +210,11 @@ def stack_experts(files: AdapterFiles) -> AdapterFiles:
         "alpha_pattern": alphas | files.section("alpha_pattern"),
     }
     if not isinstance(config.get("target_modules"), str):
-        modules = [name.rpartition(".lora_")[0] for name in rest]
-        used = {module.rpartition(".")[2] for module in modules}
-        targets = [target for target in files.targets() if target.rpartition(".")[2] in used]
-        config["target_modules"] = [*targets, *names]
+        # In PEFT a name such as `gate_proj` means modules of single experts as well.
+        modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in rest}
+        config["target_modules"] = [
+            target for target in files.targets() if target.rpartition(".")[2] in modules
+        ]
     return replace(files, config=config, tensors=tensors)
 
 

@@ -15,11 +15,18 @@ from typing import Any
 from torch import Tensor
 
 from loraloom import adapters
-from loraloom.adapters.contract import AdapterConfig, Targets
+from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import MODULES, OWN_FIELDS, own_parts
-from loraloom.adapters.lora import ALL_EXPERTS, matches, pattern_value
-from loraloom.adapters.tensor_names import TensorKey, is_meant
-from loraloom.base.blocks import BaseInfo
+from loraloom.adapters.lora import ALL_EXPERTS, pattern_value
+from loraloom.adapters.tensor_names import TensorKey
+from loraloom.base.blocks import BLOCK_KINDS, BaseInfo, BaseProjection
+from loraloom.base.targets import (
+    is_meant,
+    is_renamed_by_peft,
+    matches,
+    peft_target_modules,
+    peft_target_parameters,
+)
 from loraloom.config.fields import checked
 from loraloom.errors import FormatError, shown
 from loraloom.formats.raw_files import CONFIG_FILE, AdapterFiles
@@ -84,16 +91,15 @@ def _read_settings(
     files: AdapterFiles, method: type[AdapterConfig], paths: Sequence[str]
 ) -> Settings:
     """Read a method's settings; the targets are those listed, and the projections with tensors."""
-    # A name in `target_modules` that matches nothing has no effect in PEFT and MoE-PEFT; it is kept
-    # here and dropped when the adapter meets a base model without such a module.
-    listed = [_target_of(name) for name in files.targets()]
-    targets = tuple(dict.fromkeys([*listed, *map(_target_of, paths)]))
+    # What is adapted is told by tensors when the adapter meets a base model (files.py).
+    listed = files.targets()
+    targets = tuple(dict.fromkeys([*listed, *map(last_words, paths)]))
     extra = files.section("loraloom").get("adapter", {})
     table = TABLES.get(method.peft_type)
     if table is None:
         names = {name: name for name in method.model_fields}
         settings = _renamed(files.config, names) | extra
-        return settings | {"target_modules": targets} if targets else settings
+        return {"target_modules": targets} | settings if targets else settings
     for name in _REQUIRED:
         if name in table.names.values() and name not in files.config:
             raise files.error(f"{CONFIG_FILE} lacks the required field `{name}`")
@@ -134,7 +140,12 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
         return settings | {"loraloom": {"adapter": nulls}} if nulls else settings
     fields = {theirs: settings[ours] for ours, theirs in table.names.items()}
     fields |= {"bias": "none", **table.constants}
-    fields["target_modules"] = list(known_targets(config, base))
+    if config.layout == "peft":
+        fields |= _peft_targets(config, base)
+    else:
+        layers = base.layers_without_weights()
+        named = config.with_targets(config.targeted_keys(layers), layers)
+        fields["target_modules"] = list(named.target_modules)
     fields |= table.write(config, base)
     if "lora_alpha" in fields:
         fields["lora_alpha"] = _without_point(fields["lora_alpha"])
@@ -169,30 +180,64 @@ def _without_fields(table: _Table, config: AdapterConfig, settings: Settings) ->
     return extra
 
 
-def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
-    """Name those of `target_modules` that a base model has, in its order; a LoRA's places stay."""
-    targets = config.target_modules
-    is_by_name = isinstance(targets, str) or all("." not in target for target in targets)
-    if not is_by_name and any(not target.startswith("experts.") for target in targets):
-        return targets
+def _peft_targets(config: AdapterConfig, base: BaseInfo) -> Settings:
+    """Name what is adapted, so that it is exactly this in PEFT."""
     adapted = config.adapted(base.layers_without_weights())
-    return tuple(dict.fromkeys(_target_of(projection.key) for projection in adapted))
+    modules = []
+    parameters = []
+    for projection in adapted:
+        path = _peft_path(projection, config, base)
+        if path.endswith(".weight") or projection.num_experts is not None:
+            parameters.append(path)
+        elif projection.has_weight:
+            modules.append(path)
+    layers = getattr(config, "layers", None)
+    targets = peft_target_modules(modules, base, layers)
+    if isinstance(targets, list):  # updates next to a block have no module in PEFT
+        targets += dict.fromkeys(p.name for p in adapted if not p.has_weight)
+    fields: Settings = {"target_modules": targets}
+    if layers is not None:
+        fields["layers_to_transform"] = list(layers)
+    if parameters:
+        fields["target_parameters"] = peft_target_parameters(parameters, base)
+    return fields
 
 
-def _target_of(key: str) -> str:
-    """Name a projection as a target; an expert's may be called as those of other blocks."""
-    block, _, name = key.rpartition(".")
-    return f"experts.{name}" if block.endswith("experts") else name
+def _peft_path(projection: BaseProjection, config: AdapterConfig, base: BaseInfo) -> str:
+    """Name a module as PEFT calls it, or the parameter that PEFT adapts there."""
+    path = projection.key.replace("layers", base.layers_path, 1)
+    is_stack = projection.num_experts is not None
+    # PEFT translates the names of LoRAs alone.
+    if config.peft_type != "LORA" or is_stack or not is_parameter_in_peft(projection, base):
+        return path
+    return f"{path}.weight"
 
 
-def _target_pattern(config: AdapterConfig, base: BaseInfo) -> str:
-    """Name what is adapted by a pattern that matches nothing else in the base model."""
-    paths: dict[str, None] = {}
-    for projection in config.adapted(base.layers_without_weights()):
-        if projection.num_experts is None:
-            _, _, path = projection.key.split(".", 2)
-            paths[re.escape(path)] = None
-    return rf"{re.escape(base.layers_path)}\.\d+\.({'|'.join(paths)})"
+def is_parameter_in_peft(projection: BaseProjection, base: BaseInfo) -> bool:
+    """Whether PEFT reaches a projection by `target_parameters` alone, where it has plain LoRAs."""
+    if projection.num_experts is not None:
+        return True
+    return projection.has_weight and is_renamed_by_peft(projection.name, base)
+
+
+def last_words(path: str) -> str:
+    """Name a projection by the last word of its path; weights of experts with their module."""
+    block, _, name = path.rpartition(".")
+    return f"experts.{name}" if block.rpartition(".")[2] == "experts" else name
+
+
+def listed_targets(files: AdapterFiles) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return the targets whose linear layers must have tensors, and in which layers; None: in all.
+
+    Patterns and exclusions are left to the tensors.
+    """
+    layers = files.config.get("layers_to_transform")
+    if files.config.get("exclude_modules") or files.config.get("layers_pattern"):
+        return (), None
+    if isinstance(layers, int):  # which may be 0
+        layers = [layers]
+    listed = [name for name in files.targets() if name not in BLOCK_KINDS]
+    return tuple(map(str, listed)), tuple(layers) if layers else None
 
 
 def _without_point(alpha: float) -> float | int:
@@ -205,7 +250,8 @@ def _without_point(alpha: float) -> float | int:
 
 _READ = {
     *LORA_FIELDS.values(),
-    *"alpha_pattern bias layers_pattern layers_to_transform rank_pattern target_modules".split(),
+    *"alpha_pattern bias layers_pattern layers_to_transform rank_pattern".split(),
+    *"target_modules target_parameters".split(),
 }
 # Fields that don't change what the saved tensors compute, or are looked at elsewhere.
 _NO_EFFECT = frozenset(
@@ -237,10 +283,18 @@ def _read_lora(files: AdapterFiles) -> Settings:
             f"{shown(start)}; save it from PEFT with path_initial_model_for_weight_conversion, "
             "which makes it a plain LoRA"
         )
+    parameters = files.config.get("target_parameters") or []
     modules: dict[str, str] = {}  # those with tensors: as in the base model, and our names
-    for match in map(_MODULE.match, files.tensors):
-        if match is not None:
-            modules[match["module"]] = f"layers.{match['layer']}.{match['path']}"
+    for name, tensor in files.tensors.items():
+        match = _MODULE.match(name)
+        if match is None:
+            continue
+        module = match["module"]
+        # Patterns are of a parameter where a linear layer's weight was named.
+        names_weight = any(is_meant(target, f"{module}.weight") for target in parameters)
+        if names_weight and tensor.dim() == 2:
+            module = f"{module}.weight"
+        modules[module] = f"layers.{match['layer']}.{match['path']}"
     ranks = files.section("rank_pattern")
     alphas = files.section("alpha_pattern")
     if modules:
@@ -251,7 +305,7 @@ def _read_lora(files: AdapterFiles) -> Settings:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    return settings | _selection(files, list(modules.values()))
+    return settings
 
 
 def _carried_over(
@@ -270,51 +324,11 @@ def _carried_over(
     return {re.escape(new): value for new, value in values.items() if value != default}
 
 
-def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
-    """Tell by the tensors which projections are adapted, where files leave some out."""
-    # PEFT chooses them by patterns, layers and exclusions, and saves just those.
-    targets = files.config.get("target_modules")
-    layers = files.config.get("layers_to_transform", [])
-    if isinstance(layers, int):  # which may be 0
-        layers = [layers]
-    has_names = not isinstance(targets, str) and all(
-        "." not in str(name).removeprefix("experts.") for name in targets or ()
-    )
-    if has_names and not layers and not files.config.get("exclude_modules"):
-        return {}
-    if not keys:
-        return {"layers": layers} if layers else {}
-    places = [key.split(".", 2) for key in keys]
-    adapted = sorted((int(layer), path) for _, layer, path in places)
-    layers = sorted({layer for layer, _ in adapted})
-    paths = sorted({path for _, path in adapted})
-    if len(adapted) < len(layers) * len(paths):
-        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in adapted]}
-    names = dict.fromkeys(map(_target_of, paths))
-    return {"target_modules": list(names), "layers": layers}
-
-
 def _write_lora(config: Any, base: BaseInfo) -> Settings:
     adapted = config.adapted(base.layers_without_weights())
-    names = {p.key: p.key.replace("layers", base.layers_path, 1) for p in adapted}
-    stacks = {p.key: p.key.split(".", 2)[2] for p in adapted if p.num_experts is not None}
-    targets: Any = [
-        target
-        for target in known_targets(config, base)
-        if not any(is_meant(target, key) for key in stacks)
-    ]
-    has_paths = any("." in target for target in targets)  # "layers.1.", whatever the model's path
-    is_clear = base.has_own_names and (base.layers_path.endswith("layers") or not has_paths)
-    if not is_clear:  # names would mean other modules too, or none
-        if has_paths or config.layers is not None:
-            targets = "|".join(re.escape(names[key]) for key in names if key not in stacks)
-        else:
-            targets = _target_pattern(config, base)
-    by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
+    names = {p.key: _peft_path(p, config, base) for p in adapted}
     alphas = {key: _without_point(alpha) for key, alpha in config.alpha_pattern.items()}
     fields: Settings = {}
-    if stacks:
-        fields["target_parameters"] = list(dict.fromkeys(stacks.values()))
     # PEFT has no field for these.
     settings = config.model_dump(mode="json", include={*ALL_EXPERTS}, exclude_defaults=True)
     if settings:
@@ -322,9 +336,7 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     return fields | {
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "layers_to_transform": list(config.layers or ()) if by_layer else None,
         "rank_pattern": _carried_over(config.rank_pattern, config.rank, names),
-        "target_modules": targets,
     }
 
 
@@ -401,7 +413,7 @@ TABLES: dict[str, _Table] = {
     adapters.LoraConfig.peft_type: _Table(
         LORA_FIELDS,
         {"fan_in_fan_out": False}
-        | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
+        | dict.fromkeys("auto_mapping layers_pattern layers_to_transform modules_to_save".split()),
         read=_read_lora,
         write=_write_lora,
         moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}, **ALL_EXPERTS},
@@ -410,9 +422,6 @@ TABLES: dict[str, _Table] = {
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}
         | _same("d_initial save_projection"),
         read=lambda files: {"save_projection": "base_model.vera_A" in files.tensors},
-        write=lambda config, base: (
-            {} if base.has_own_names else {"target_modules": _target_pattern(config, base)}
-        ),
     ),
     adapters.MixLoraConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),

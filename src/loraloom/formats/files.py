@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import MODULES, TOKENS, tensor_shapes
 from loraloom.adapters.tensor_names import Shape, TensorKey, within
 from loraloom.base.blocks import BaseInfo
+from loraloom.base.targets import select
 from loraloom.config.data import PromptForm
 from loraloom.config.text import to_yaml
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 from loraloom.formats import raw_files
 from loraloom.formats.experts import INTERLEAVED
-from loraloom.formats.fields import known_targets
+from loraloom.formats.fields import last_words
 from loraloom.formats.foreign import of_axolotl, up_to_date
-from loraloom.formats.layouts import BaseRecord, StoredAdapter, parse, render
+from loraloom.formats.layouts import LABELS, BaseRecord, StoredAdapter, parse, render
 
 _KINDS = {"router": "router", "magnitude": "magnitudes"}
 
@@ -97,17 +98,13 @@ def write_adapter(
 
 def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Check an adapter against a base model and give it in its final form."""
-    targets = known_targets(stored.config, base)
-    if not targets:
-        raise FormatError(f"{stored.source} has neither tensors nor `target_modules` of the model")
     if stored.has_single_experts and base.model_type in INTERLEAVED:
         raise AdapterError(
             f"{stored.source} has gate and up of each expert apart, which {base.model_type} "
             "interleaves; save the adapter from PEFT with target_parameters"
         )
-    fields = stored.config.model_dump() | {"target_modules": targets}
-    config = type(stored.config).model_validate(fields)
     try:
+        config = _with_targets(stored, base)
         shapes = tensor_shapes(config, base)
     except AdapterError as error:
         raise AdapterError(
@@ -130,6 +127,41 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
         tensor = stored.tensors[name]
         tensors[name] = tensor.to(torch.promote_types(torch.float32, tensor.dtype))
     return config, tensors
+
+
+def _with_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
+    """Name the projections that an adapter's files mean on a base model as its targets."""
+    layers = base.layers_without_weights()
+    projections = {
+        projection.key: projection for layer in layers for projection in layer.projections
+    }
+    parsed = map(TensorKey.parse, stored.tensors)
+    keys = {key.place for key in parsed if key is not None and key.projection is not None}
+    if stored.layout == LABELS["native"]:
+        keys |= select(stored.config.target_modules, layers).keys
+        if keys <= stored.config.targeted_keys(layers):
+            return stored.config
+    # What a file adapts is what has tensors; where a listed layer has none, they are missing.
+    for key in select(stored.listed, layers).keys:
+        base_projection = projections[key]
+        index = int(key.split(".")[1])
+        in_layers = stored.listed_layers is None or index in stored.listed_layers
+        if in_layers and base_projection.has_weight and base_projection.num_experts is None:
+            keys.add(key)
+    _check_are_projections(keys - projections.keys(), base)
+    return stored.config.with_targets(keys & projections.keys(), layers)
+
+
+def _check_are_projections(keys: Set[str], base: BaseInfo) -> None:
+    """Raise an AdapterError if an adapter is on modules of the model that none here can adapt."""
+    paths = {key: key.replace("layers", base.layers_path, 1) for key in sorted(keys)}
+    refused = [path for path in paths.values() if path in base.module_paths]
+    if refused:
+        raise AdapterError(
+            f"it adapts {names_in(refused)}, and only projections of attention, FFN blocks and "
+            "experts can be adapted, no routers or other linear layers; train with their names as "
+            "target_modules in place of all-linear"
+        )
 
 
 def _check_tensors(stored: StoredAdapter, shapes: Mapping[str, Shape], base: BaseInfo) -> None:
@@ -205,12 +237,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
             parameters["tokens"] += tensor.numel()
         elif name.startswith(MODULES):
             parameters["modules_to_save"] += tensor.numel()
-    targets = config.target_modules
-    if isinstance(targets, str):
-        names = [targets]
-    else:
-        used = {key.projection for key in keys}
-        names = [target for target in targets if target.rpartition(".")[2] in used]
+    paths = [key.path for key in keys if key.projection is not None]
     files = [directory / name for name in raw_files.ADAPTER_FILES]
     total = parameters.total()
     return {
@@ -219,7 +246,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         "method": config.title,
         "formula": config.formula,
         "settings": config.model_dump(mode="json", exclude_none=True, exclude={"target_modules"}),
-        "target_modules": names,
+        "target_modules": list(dict.fromkeys(map(last_words, paths))),
         "base_model": base.name_or_path,
         "base_fingerprint": base.fingerprint,
         "prompt": stored.prompt and stored.prompt.model_dump(exclude_none=True),

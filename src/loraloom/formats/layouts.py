@@ -28,14 +28,15 @@ from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import MODULES, TOKENS
-from loraloom.adapters.tensor_names import TensorKey, is_meant
+from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseInfo
+from loraloom.base.targets import is_meant
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
 from loraloom.formats.experts import has_single_experts, read_stacks, stack_experts, write_stacks
-from loraloom.formats.fields import read_config, write_fields, write_own_fields
+from loraloom.formats.fields import listed_targets, read_config, write_fields, write_own_fields
 from loraloom.formats.raw_files import RECORD, AdapterFiles
 
 # Version of what loraloom adds to files; those with a higher one are refused.
@@ -102,13 +103,17 @@ class StoredAdapter:
 
     layout: str
     config: AdapterConfig
-    """`target_modules` holds all names that the configuration lists or the tensors use."""
+    """`target_modules` are those that the files list, or the last words of what has tensors."""
     tensors: dict[str, Tensor]  # by our keys (tensor_names.py)
     base: BaseRecord
     source: str
     prompt: PromptForm | None = None
     has_single_experts: bool = False
     """Whether the files have gate and up of each expert apart."""
+    listed: tuple[str, ...] = ()
+    """Targets of other programs' layouts, whose linear layers must all have tensors."""
+    listed_layers: tuple[int, ...] | None = None
+    """The decoder layers in which they must; None: all."""
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
@@ -129,6 +134,7 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
     config = read_config(files, method, tensors)
     record = _record(files, method)
     name = str(files.config.get("base_model_name_or_path") or "")
+    listed, listed_layers = listed_targets(files) if method.layout != "native" else ((), None)
     return StoredAdapter(
         layout=LABELS[method.layout],
         config=config,
@@ -137,6 +143,8 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
         source=files.source,
         prompt=record.prompt,
         has_single_experts=is_apart,
+        listed=listed,
+        listed_layers=listed_layers,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_val
 from typing_extensions import override
 
 from loraloom import adapters
-from loraloom.adapters.tensor_names import Pattern
+from loraloom.base.targets import Pattern
 from loraloom.config.data import (
     MAX_LENGTH,
     DataConfig,

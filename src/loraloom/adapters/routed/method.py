@@ -5,7 +5,7 @@ Axes: T tokens, I in_features, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
 import torch
@@ -121,9 +121,12 @@ class RoutedConfig(AdapterConfig):
     def with_experts(self, experts: Mapping[str, str | Expert]) -> RoutedConfig:
         return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **experts}})
 
-    def targets_in(self, block: Block) -> frozenset[str]:
-        targets = [config.targets_in(block) for config in self._expert_configs().values()]
-        return frozenset().union(*targets)
+    def targeted_keys(self, base_layers: Sequence[BaseLayer]) -> frozenset[str]:
+        experts = self._expert_configs().values()
+        return frozenset().union(*(config.targeted_keys(base_layers) for config in experts))
+
+    def with_targets(self, keys: Set[str], base_layers: Sequence[BaseLayer]) -> RoutedConfig:
+        return self  # its experts name theirs
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         for name, config in self._expert_configs().items():

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from loraloom.adapters.contract import Adapter
 from loraloom.adapters.lora import pattern_value
-from loraloom.adapters.tensor_names import matches
 from loraloom.base.quantization import import_library
+from loraloom.base.targets import matches
 from loraloom.devices import has_separate_memory
 from loraloom.errors import ConfigError, shown
 from loraloom.training.settings import OptimizerConfig, TrainConfig
