@@ -1,14 +1,18 @@
 import ast
+import inspect
 import json
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import loraloom
 from loraloom import adapters, errors
+from loraloom.host.outer_forward import AdapterModel
 
 ROOT = Path(__file__).parent.parent
 INSIDE = (
@@ -28,6 +32,8 @@ OF_ROUTERS = (
 """What recipes/apart/router.py takes a router to pieces with."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""
+OTHER_MODULES = ("loraloom.peft", "loraloom.eval.harness")
+"""Public modules that need an extra."""
 
 
 @pytest.mark.parametrize("name", loraloom.__all__)
@@ -82,6 +88,39 @@ def test_scripts_import_from_the_public_face(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loraloom")
     ]
     assert [name for name in imported if name != "loraloom" and not name.startswith(allowed)] == []
+
+
+def is_of_loraloom(member):
+    return (getattr(member, "__module__", None) or "").startswith("loraloom")
+
+
+def public_functions():
+    """Yield the exported functions, and the public methods of exported classes, by name."""
+    exported = {name: getattr(loraloom, name) for name in loraloom.__all__}
+    for module in map(import_module, OTHER_MODULES):
+        for name, member in vars(module).items():
+            if not name.startswith("_") and is_of_loraloom(member):
+                exported[f"{module.__name__}.{name}"] = member
+    exported["AdapterModel"] = AdapterModel  # what `Host.as_model` returns
+    for name, member in exported.items():
+        if inspect.isfunction(member):
+            yield name, member
+        for method_name, method in inspect.getmembers(member, inspect.isroutine):
+            is_public = not method_name.startswith("_") or method_name in ("__init__", "__call__")
+            if is_public and is_of_loraloom(method):
+                yield f"{name}.{method_name}", method
+
+
+def test_keywords_of_public_functions_have_types():
+    pytest.importorskip("lm_eval")
+    untyped = [
+        name
+        for name, function in public_functions()
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.VAR_KEYWORD
+        and parameter.annotation in (Any, "Any", parameter.empty)
+    ]
+    assert untyped == []
 
 
 def test_type_checkers_may_read_the_annotations():

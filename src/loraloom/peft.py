@@ -54,7 +54,7 @@ class LoraloomConfig(PeftConfig):
     adapter: AdapterConfig = field(kw_only=True)
     seed: int | None = None
 
-    def __init__(self, adapter: Any = None, seed: int | None = None, **fields: Any):
+    def __init__(self, adapter: Any = None, seed: int | None = None, **fields: object):
         self.file_fields: dict[str, Any] = {}
         self.is_from_file = adapter is None
         if adapter is None:
@@ -65,15 +65,18 @@ class LoraloomConfig(PeftConfig):
             is_given = isinstance(adapter, Mapping)
             self.adapter = parse_adapter_config(adapter) if is_given else check_config(adapter)
         self.seed = seed
-        defaults: dict[str, Any] = {"task_type": _TASK}
-        super().__init__(**defaults | fields)
+        arguments: dict[str, Any] = {"task_type": _TASK, **fields}
+        super().__init__(**arguments)
         if self.task_type not in (_TASK, None):
             raise ConfigError(f"task_type must be {_TASK}, got {self.task_type!r}")
         self.peft_type = getattr(PeftType, _TYPE)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        **kwargs: object,
     ) -> LoraloomConfig:
         """Read an adapter's configuration; of a directory with what its tensors say of patterns."""
         directory = Path(pretrained_model_name_or_path, subfolder or "")
@@ -84,20 +87,22 @@ class LoraloomConfig(PeftConfig):
             name = str(pretrained_model_name_or_path)
             return super().from_pretrained(name, subfolder, **kwargs)
         fields = cls.from_json_file(str(directory / CONFIG_FILE))
-        config = cls(read_stored(directory).config, kwargs.get("seed"), **_shared_fields(fields))
+        seed: Any = kwargs.get("seed")
+        config = cls(read_stored(directory).config, seed, **_shared_fields(fields))
         config.file_fields, config.is_from_file = fields, True
         return config
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> LoraloomConfig:
-        return cls(**kwargs)
+    def from_peft_type(cls, **kwargs: object) -> LoraloomConfig:
+        arguments: dict[str, Any] = dict(kwargs)
+        return cls(**arguments)
 
     def to_dict(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in _FIELDS}
         adapter = self.adapter.model_dump(mode="json")
         return {"peft_type": _TYPE, **fields, "adapter": adapter, "seed": self.seed}
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         if not self.file_fields:
             raise ConfigError(
                 f"{CONFIG_FILE} describes the base model too, and this configuration has none; "
@@ -134,7 +139,7 @@ class HostedAdapters(nn.Module, BaseTunerLayer):
         adapter: Any = self.adapters[name]
         return adapter.tensors()
 
-    def _move_adapter_to_device_of_base_layer(self, *_: Any, **__: Any) -> None:
+    def _move_adapter_to_device_of_base_layer(self, *_: object, **__: object) -> None:
         pass  # adapters are built where their projections compute
 
 
@@ -161,7 +166,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         self.loraloom = HostedAdapters()
         self.host.outer_forward.default_rows = self._active_rows
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *_: object, **__: object) -> None:
         try:
             self._put(adapter_name, self.peft_config[adapter_name])
         except Exception:
@@ -214,7 +219,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         with self.host.outer_forward.of_rows(self._rows(names)):
             yield
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> Any:
         with self.host.prepared():
             return self.model.generate(*args, **kwargs)
 
@@ -261,7 +266,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         del self.model.peft_config
         return self.host.detach()
 
-    def merge_adapter(self, *_: Any, **__: Any) -> Any:
+    def merge_adapter(self, *_: object, **__: object) -> Any:
         raise AdapterError(
             "adapters of loraloom.peft can't be merged here; save them, and `loraloom export` "
             "merges those without routers; unload() gives the base model back"
@@ -272,12 +277,12 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def unmerge_adapter(self) -> None:
         pass  # nothing is merged
 
-    def _create_and_replace(self, *_: Any, **__: Any) -> None:
+    def _create_and_replace(self, *_: object, **__: object) -> None:
         raise AssertionError("a host replaces no modules")
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
+        cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: object
     ) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Lay an adapter's tensors out as in its files, with the values of a state dict."""
         tuner = model.base_model
@@ -297,7 +302,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
+        cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: object
     ) -> dict[str, Tensor]:  # ty: ignore[incompatible-method-override]
         """Copy an adapter's tensors in, named as in its files, and return its state."""
         tuner = model.base_model

@@ -1,14 +1,18 @@
 import csv
+import math
 import random
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from rich.table import Table
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from loraloom.eval.evaluation import summarise
-from loraloom.eval.results import Comparison, Evaluation
-from loraloom.eval.statistics import compare_ratios
+from loraloom.eval.results import Comparison, Evaluation, num_examples_needed
+from loraloom.eval.statistics import compare_paired, compare_ratios, mcnemar_p_value
 from tests.eval.scoring import toy_scores
 from tests.test_terminal import printed
 
@@ -85,7 +89,7 @@ def caption_of(*comparisons) -> str:
 
 
 def test_a_sentence_says_what_a_comparison_means(undecided):
-    none = "toy: no difference in {} was found between {}."
+    none = "toy: no difference in {} was found between {} on 40 examples. To find this lead of "
     for other, text in [
         (undecided, none.format("loss", "mix and base")),
         (replace(undecided, difference=-undecided.difference), none.format("loss", "base and mix")),
@@ -94,6 +98,48 @@ def test_a_sentence_says_what_a_comparison_means(undecided):
         (replace(undecided, difference=0.0), "toy: mix and base have the same loss."),
     ]:
         assert text in caption_of(other)
+    few = replace(undecided, num_first_better=5, num_second_better=4)
+    assert "takes about" not in caption_of(few)
+
+
+@pytest.mark.parametrize("num_compared", [1, 8])
+def test_the_examples_needed_find_the_lead_in_four_of_five_tests(undecided, num_compared):
+    spread = undecided.stderr * math.sqrt(undecided.num_examples)
+
+    def power(num_examples: float) -> float:
+        critical = norm.isf(0.025 / num_compared)
+        shift = abs(undecided.difference) * math.sqrt(num_examples) / spread
+        return norm.sf(critical, loc=shift) + norm.cdf(-critical, loc=shift)
+
+    oracle = brentq(lambda num_examples: power(num_examples) - 0.8, 1, 1e6)
+    num_needed = num_examples_needed(undecided, num_compared)
+    assert num_needed == pytest.approx(oracle, abs=1.01)
+    caption = caption_of(*[undecided] * num_compared)
+    assert f"in 80% of tests takes about {float(f'{oracle:.2g}'):,.0f}." in caption
+
+
+def test_tests_on_the_examples_needed_are_significant_in_four_of_five_cases():
+    pilot = np.repeat([1.0, -1.0, 0.0], [18, 11, 71])
+    num_needed = num_examples_needed(compare_paired(pilot, np.zeros(100)))
+    generator = np.random.default_rng(0)
+    counts = generator.multinomial(num_needed, [0.18, 0.11, 0.71], size=1000).tolist()
+    p_values = [mcnemar_p_value(won, lost) for won, lost, _ in counts]
+    assert np.less(p_values, 0.05).mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_an_interval_that_contradicts_its_p_value_is_explained(undecided):
+    assert "trust p" not in caption_of(undecided)
+    paired = compare_paired([1.0] * 9 + [-1.0] * 2 + [0.0] * 49, [0.0] * 60)
+    assert paired.interval[0] > 0
+    assert paired.p_value > 0.05
+    names = {"task": "toy", "first": "mix", "second": "base"}
+    contradiction = Comparison(**vars(paired), **names, adjusted_p_value=paired.p_value)
+    note = "An interval excludes 0 although p (Holm) is 0.05 or more."
+    assert note in caption_of(contradiction)
+    assert caption_of(*[contradiction] * 9).count(note) == 1
+    adjusted = replace(contradiction, p_value=0.01, adjusted_p_value=0.08)
+    assert note in caption_of(adjusted)
+    assert note not in caption_of(replace(contradiction, adjusted_p_value=0.04))
 
 
 def test_many_comparisons_have_no_sentences(undecided):

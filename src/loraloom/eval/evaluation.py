@@ -9,15 +9,16 @@ evaluation.write("result.json")
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig, check_task, skills_lands, task_name
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, load_question_set
 from loraloom.errors import ConfigError
-from loraloom.eval.cache import describe_adapters, describe_evaluation
+from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.generated_answers import AnswerSet, load_answer_set, score_answers
 from loraloom.eval.held_out import HeldOutSet, load_held_out, score_rows
 from loraloom.eval.results import SCHEMA_VERSION, Comparison, Evaluation, Fields
@@ -39,7 +40,13 @@ def evaluate(
     split: str | None = None,
     data: str | Path | None = None,
     limit: int | None = None,
-    **options: Any,
+    pairs: Sequence[Pair] | None = None,
+    max_tokens_per_batch: int | None = None,
+    cache: ScoreCache | None = None,
+    console: Console | None = None,
+    sources: Mapping[str, str] | None = None,
+    command: str = "",
+    compat: Literal["moe-peft"] | None = None,
 ) -> Evaluation:
     """Score choice tasks and generated answers of several adapters, and compare them.
 
@@ -52,18 +59,39 @@ def evaluate(
         split: Split of the data; by default the one that papers report.
         data: Directory of data sets, or of a single task; by default the copy on the Hub.
         limit: Maximum number of questions of a task.
-        **options: `pairs` to compare (by default each with the base model, and few adapters with
-            each other); `max_tokens_per_batch`, padding and all adapters included (1,024 on a CPU,
-            16,384 elsewhere); `cache`, a ScoreCache; `console` to show progress on; `sources` of
-            adapters by name and `command`, both recorded; `compat="moe-peft"` to score the last
-            token of each label that MoE-PEFT knows for the task, as it does.
+        pairs: Pairs of adapters to compare, `base` for the base model. Default: each adapter with
+            the base model, and all pairs of up to four.
+        max_tokens_per_batch: Number of tokens scored at once, with padding and all adapters.
+            Default: 1,024 on a CPU, 16,384 elsewhere.
+        cache: Cache of scores to read and extend. Default: compute every score.
+        console: Console for a progress bar. Default: show none.
+        sources: Paths of adapters by name, recorded with their files' hashes.
+        command: Command line, recorded in the results.
+        compat: `moe-peft` to score the last token of each label that MoE-PEFT knows for the task,
+            as MoE-PEFT does.
+
+    Returns:
+        The results by adapter and task, and the comparisons.
 
     Raises:
         ConfigError: If a task is unknown, or options exclude each other.
         DataError: If a task's data is missing or damaged, or a question doesn't fit the model.
         AdapterError: If the host lacks an adapter, or its scores are not finite.
     """
-    scorer = _make_scorer(host, tokenizer, adapters, limit, **options)
+    _check_limit(limit)
+    chosen = _choose_adapters(host, adapters)
+    scorer = Scorer(
+        host,
+        tokenizer,
+        chosen,
+        pairs=_check_pairs(chosen, pairs),
+        max_tokens_per_batch=max_tokens_per_batch,
+        cache=cache,
+        console=console,
+        files=describe_adapters(sources or {}),
+        command=command,
+        compat=compat,
+    )
     listed = [tasks] if isinstance(tasks, str | Path | TaskSet) else tasks
     sets = [task for task in listed if isinstance(task, TaskSet)]
     names = [str(task) for task in listed if not isinstance(task, TaskSet)]
@@ -79,7 +107,12 @@ def evaluate_loss(
     *,
     max_length: int | None = None,
     limit: int | None = None,
-    **options: Any,
+    pairs: Sequence[Pair] | None = None,
+    max_tokens_per_batch: int | None = None,
+    cache: ScoreCache | None = None,
+    console: Console | None = None,
+    sources: Mapping[str, str] | None = None,
+    command: str = "",
 ) -> Evaluation:
     """Compute the loss of several adapters on held-out rows, all in one pass, and compare them.
 
@@ -93,40 +126,59 @@ def evaluate_loss(
         max_length: Longest row in tokens; None for the default of training, or the model's
             maximum if that is less.
         limit: Maximum number of rows, from the beginning.
-        **options: Options of `evaluate`.
+        pairs: Pairs of adapters to compare, `base` for the base model. Default: each adapter with
+            the base model, and all pairs of up to four.
+        max_tokens_per_batch: Number of tokens scored at once, with padding and all adapters.
+            Default: 1,024 on a CPU, 16,384 elsewhere.
+        cache: Cache of scores to read and extend. Default: compute every score.
+        console: Console for a progress bar. Default: show none.
+        sources: Paths of adapters by name, recorded with their files' hashes.
+        command: Command line, recorded in the results.
+
+    Returns:
+        The results by adapter and data set, and the comparisons.
 
     Raises:
         ConfigError: If the data set's settings are wrong.
         DataError: If it is missing or damaged, or no row fits.
         AdapterError: If the host lacks an adapter, or its losses are not finite.
     """
-    scorer = _make_scorer(host, tokenizer, adapters, limit, **options)
+    _check_limit(limit)
+    chosen = _choose_adapters(host, adapters)
+    scorer = Scorer(
+        host,
+        tokenizer,
+        chosen,
+        pairs=_check_pairs(chosen, pairs),
+        max_tokens_per_batch=max_tokens_per_batch,
+        cache=cache,
+        console=console,
+        files=describe_adapters(sources or {}),
+        command=command,
+    )
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit)]
     return score_sets(scorer, list(data))
 
 
-def _make_scorer(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    adapters: Sequence[str | None] | None,
-    limit: int | None,
-    *,
-    pairs: Sequence[Pair] | None = None,
-    sources: Mapping[str, str] | None = None,
-    **options: Any,
-) -> Scorer:
+def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, or None for all, got {limit}")
+
+
+def _choose_adapters(host: Host, adapters: Sequence[str | None] | None) -> list[str | None]:
+    """List the adapters to score; by default the base model and all adapters of the host."""
     if adapters is None:
-        adapters = [None, *host.adapters]
-    elif isinstance(adapters, str):
-        adapters = [adapters]
+        return [None, *host.adapters]
+    return [adapters] if isinstance(adapters, str) else list(adapters)
+
+
+def _check_pairs(adapters: Sequence[str | None], pairs: Sequence[Pair] | None) -> Sequence[Pair]:
+    """Choose the pairs to compare unless they are named, and check that both are scored."""
     if pairs is None:
         pairs = choose_pairs(adapters)
     check_scored(adapters, pairs)
-    files = describe_adapters(sources or {})
-    return Scorer(host, tokenizer, list(adapters), pairs=pairs, files=files, **options)
+    return pairs
 
 
 def score_sets(scorer: Scorer, sets: Sequence[TaskSet] | Sequence[HeldOutSet]) -> Evaluation:

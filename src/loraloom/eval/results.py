@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +43,15 @@ _COLUMNS = (
 
 # Comparisons that are told in a sentence each; of more, the table's stars name the winners.
 MAX_MEANINGS = 8
+
+SIGNIFICANCE = 0.05
+POWER = 0.8
+# A standard error of fewer differing examples is too rough for an estimate of a sample size.
+MIN_DIFFERING = 10
+INTERVAL_NOTE = (
+    "An interval excludes 0 although p (Holm) is 0.05 or more. The interval is a bootstrap of one "
+    "comparison, p (Holm) a test of all of them: trust p (Holm)."
+)
 
 # What results call the base model.
 BASE = "base"
@@ -296,13 +306,21 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
         )
     lines = ["* significant: p (Holm), of all comparisons, < 0.05"]
     if len(comparisons) <= MAX_MEANINGS:
-        lines += map(_meaning, comparisons)
+        lines += [_meaning(comparison, len(comparisons)) for comparison in comparisons]
+    if any(map(_interval_contradicts_p, comparisons)):
+        lines.append(INTERVAL_NOTE)
     table.caption = "\n".join(lines)
     return table
 
 
 def _is_significant(comparison: Comparison) -> bool:
-    return comparison.adjusted_p_value < 0.05
+    return comparison.adjusted_p_value < SIGNIFICANCE
+
+
+def _interval_contradicts_p(comparison: Comparison) -> bool:
+    low, high = comparison.interval
+    excludes_zero = low > 0 or high < 0
+    return excludes_zero and not _is_significant(comparison)
 
 
 def _signed(value: float, comparison: Comparison) -> str:
@@ -313,8 +331,8 @@ def _p_value_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def _meaning(comparison: Comparison) -> str:
-    """Say who is better, or that no difference was found."""
+def _meaning(comparison: Comparison, num_compared: int) -> str:
+    """State who is better, or that no difference was found and how many examples would show it."""
     task = comparison.task
     metric = comparison.metric
     better, worse = comparison.first, comparison.second
@@ -324,4 +342,27 @@ def _meaning(comparison: Comparison) -> str:
         return f"{task}: {better} and {worse} have the same {metric}."
     if _is_significant(comparison):
         return f"{task}: {better} beats {worse} in {metric}, significantly."
-    return f"{task}: no difference in {metric} was found between {better} and {worse}."
+    count = comparison.num_examples
+    plural = "" if count == 1 else "s"
+    text = f"{task}: no difference in {metric} was found between {better} and {worse}"
+    text += f" on {count:,} example{plural}."
+    num_needed = num_examples_needed(comparison, num_compared)
+    if num_needed is not None and num_needed > count:
+        rounded = float(f"{num_needed:.2g}")
+        text += (
+            f" To find this lead of {better} in {POWER:.0%} of tests takes about {rounded:,.0f}."
+        )
+    return text
+
+
+def num_examples_needed(comparison: PairedComparison, num_compared: int = 1) -> int | None:
+    """Estimate how many examples show a difference with 80 % power; None for too few differing."""
+    num_differing = comparison.num_first_better + comparison.num_second_better
+    if num_differing < MIN_DIFFERING or not comparison.stderr or not comparison.difference:
+        return None
+    # n' = n ((z_{1 - a / 2m} + z_power) stderr / difference)², since stderr falls with the root
+    # of n; a / m is Bonferroni's level for m comparisons, the strictest that Holm's test has
+    normal = NormalDist()
+    num_errors = normal.inv_cdf(1 - SIGNIFICANCE / (2 * num_compared)) + normal.inv_cdf(POWER)
+    ratio = num_errors * comparison.stderr / comparison.difference
+    return math.ceil(comparison.num_examples * ratio**2)

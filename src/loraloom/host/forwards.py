@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from transformers import Cache
 
 from loraloom.adapters.routed.method import prompt_router_of
 from loraloom.adapters.segment import SampleTokens
@@ -32,6 +33,9 @@ from loraloom.host.prepared_weights import (
 from loraloom.host.registry import AdapterRegistry
 from loraloom.host.stacked_forward import StackedForward
 from loraloom.routing.record import LayerRouting
+
+# An input of a base model besides tokens and their mask; types of models differ in these.
+ModelInput = Tensor | Cache | Sequence[Any] | Mapping[str, Any] | bool | int | float | str | None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.host.choice import Choice, choose
 from loraloom.host.decoding import Decoding, Sessions
-from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput
+from loraloom.host.forwards import ForwardRequest, Forwards, HostOutput, ModelInput
 from loraloom.host.heads import Heads
 from loraloom.host.layout import (
     RowAdapter,
@@ -271,7 +271,7 @@ class Host:
         adapters: RowAdapters = None,
         sample_keys: Sequence[int] | None = None,
         training: bool | None = None,
-        **model_inputs: Any,
+        **model_inputs: ModelInput,
     ) -> HostOutput:
         """Run rows of several adapters.
 
@@ -298,7 +298,7 @@ class Host:
         token_mask: Tensor | None = None,
         sample_lengths: SampleLengths | None = None,
         training: bool | None = None,
-        **model_inputs: Any,
+        **model_inputs: ModelInput,
     ) -> HostOutput:
         """Run rows up to the final norm; other arguments are those of a call of the host.
 
@@ -424,12 +424,19 @@ class Host:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         adapters: RowAdapters = None,
-        **generate_kwargs: Any,
+        **generate_kwargs: object,
     ) -> Any:
         """Call transformers' `generate` with its arguments, each row with its adapter.
 
         Pad prompts, [B, L], on the left. Beams and returned sequences use the adapter of their
         row.
+
+        Args:
+            input_ids: Tokens of the prompts, [B, L].
+            attention_mask: 1 at real tokens, [B, L].
+            adapters: Adapters of the rows, as in a call of the host.
+            **generate_kwargs: Other arguments of transformers' `generate`, such as
+                `max_new_tokens` and `streamer`.
         """
         self._registry.rows(adapters, len(input_ids))  # raises if they don't fit
         rows = Rows([None] if adapters is None else list(adapters))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError, ModelError
-from loraloom.host.forwards import ForwardRequest
+from loraloom.host.forwards import ForwardRequest, ModelInput
 from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.host.prepared_weights import outside_autocast
 
@@ -191,7 +191,7 @@ class TakesCheckpointing:
 
     is_gradient_checkpointing = is_activation_checkpointing  # its older name
 
-    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+    def activation_checkpointing_enable(self, *_: object, **__: object) -> None:
         self.host.enable_gradient_checkpointing()
 
     gradient_checkpointing_enable = activation_checkpointing_enable
@@ -233,7 +233,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **model_inputs: Any,
+        **model_inputs: ModelInput,
     ) -> Any:
         return self.base(
             input_ids=input_ids,
@@ -248,7 +248,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         return Rows([self.name], training=self.training and torch.is_grad_enabled())
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **generate_kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **generate_kwargs: object
     ) -> Any:
         adapters = [self.name] * len(input_ids)
         return self.host.generate(input_ids, attention_mask, adapters, **generate_kwargs)
@@ -258,7 +258,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         self.base.eval().get_input_embeddings().train(mode)  # by it NEFTune adds noise
         return self
 
-    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+    def save_pretrained(self, directory: str | Path, **_: object) -> None:
         """Write the adapter's files, as `Host.save` does, over those that are there."""
         if self.name is None:
             raise ModelError("save_pretrained writes an adapter; this view is of the base model")

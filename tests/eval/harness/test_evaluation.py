@@ -1,12 +1,14 @@
 import json
 import math
+from inspect import signature
 from unittest.mock import patch
 
+import lm_eval
 import pytest
 
 from loraloom.config.data import PromptForm
 from loraloom.eval.harness import evaluate_adapters, load_tasks
-from loraloom.eval.harness.lm import Answers
+from loraloom.eval.harness.lm import Answers, SimpleEvaluateOptions
 from loraloom.eval.harness.tasks import as_evaluation, question_lines
 from tests.conftest import build_tokenizer
 from tests.eval.harness.toy import ROWS, TASKS
@@ -49,6 +51,12 @@ def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks, monk
     assert prompts[0][0].endswith("[assistant]")
     assert prompts[0][0].count("Answer:") == 3
     assert results[None]["n-shot"] == {"toy_choice": 2}
+
+
+def test_all_options_are_arguments_of_lm_evals_function():
+    parameters = set(signature(lm_eval.simple_evaluate).parameters)
+    ours = {"model", "model_args", "tasks", "task_manager", "batch_size", "device"}
+    assert set(SimpleEvaluateOptions.__annotations__) == parameters - ours
 
 
 def test_results_are_in_our_form(results):

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 from unittest.mock import patch
 
 import lm_eval
@@ -15,6 +15,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -34,6 +35,36 @@ from loraloom.terminal import make_console, show_progress
 
 # Most tokens of continuations in one row; attention's cost is quadratic in a row.
 _TOKENS_BESIDE_CONTEXT = 512
+
+
+class SimpleEvaluateOptions(TypedDict, total=False):
+    """Arguments of `lm_eval.simple_evaluate` that `evaluate_adapters` passes on."""
+
+    num_fewshot: int | None
+    max_batch_size: int | None
+    use_cache: str | None
+    cache_requests: bool
+    rewrite_requests_cache: bool
+    delete_requests_cache: bool
+    limit: int | float | None
+    samples: dict[str, list[int]] | None
+    bootstrap_iters: int
+    check_integrity: bool
+    write_out: bool
+    log_samples: bool
+    evaluation_tracker: EvaluationTracker | None
+    system_instruction: str | None
+    apply_chat_template: bool | str
+    fewshot_as_multiturn: bool
+    gen_kwargs: str | dict[str, str | float | int] | None
+    verbosity: str | None
+    predict_only: bool
+    random_seed: int
+    numpy_random_seed: int
+    torch_random_seed: int
+    fewshot_random_seed: int
+    confirm_run_unsafe_code: bool
+    metadata: dict[str, Any] | None
 
 
 class Answers:
@@ -239,10 +270,23 @@ def evaluate_adapters(
     *,
     max_tokens_per_batch: int | None = None,
     batch_size: int = 16,
-    **options: Any,
+    **options: Unpack[SimpleEvaluateOptions],
 ) -> dict[str | None, dict[str, Any]]:
-    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
-    # Other options are `lm_eval.simple_evaluate`'s.
+    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches.
+
+    Args:
+        host: Base model with the adapters.
+        tokenizer: Tokenizer of the base model.
+        tasks: Tasks and groups that `load_tasks` returned.
+        adapters: Names of adapters; None is the base model.
+        max_tokens_per_batch: Number of tokens scored at once, with padding and all adapters.
+            Default: 1,024 on a CPU, 16,384 elsewhere.
+        batch_size: Number of prompts completed at once.
+        **options: Arguments of `lm_eval.simple_evaluate`, such as `limit` and `num_fewshot`.
+
+    Returns:
+        The results of `lm_eval.simple_evaluate`, by adapter.
+    """
     # Adapters whose prompts differ have no requests in common.
     groups: dict[Any, list[str | None]] = {}
     for name in adapters:
@@ -256,8 +300,11 @@ def evaluate_adapters(
         for name in names:
             models[name] = HostLM(host, tokenizer, name, answers=answers)
     # the tasks are there, so none is looked up
-    options |= {"tasks": list(tasks), "task_manager": TaskManager(include_defaults=False)}
+    manager = TaskManager(include_defaults=False)
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
     # lm-eval's own lets git complain on stderr where the working directory is no repository
     with patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-        return {name: evaluate(model=models[name], **options) for name in dict.fromkeys(adapters)}
+        return {
+            name: evaluate(model=models[name], tasks=list(tasks), task_manager=manager, **options)
+            for name in dict.fromkeys(adapters)
+        }
