@@ -1,6 +1,7 @@
 """`loraloom serve`: the base model and its adapters behind OpenAI's API."""
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -155,6 +156,9 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
             tool_form=tool_form,
         )
         app = create_app(engine, tokenizer, adapters, allowed)
+        # what stays is not collected again: a pass over it stops all threads, for every request
+        gc.collect()
+        gc.freeze()
         server = Server(app, engine)
         handler = logging.StreamHandler()
         handler.setFormatter(LineFormatter())

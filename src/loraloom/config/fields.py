@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -25,6 +26,10 @@ _RENAMED = {
     "max_seq_length": "max_length",
     "model_name_or_path": "base_model",
 }
+
+# Unknown keys that an error names, and characters of each that are compared with known names.
+_MAX_UNKNOWN = 20
+_MAX_NAME = 100
 
 # In place of pydantic's messages.
 _MESSAGES = {
@@ -49,9 +54,13 @@ class StrictModel(BaseModel):
         if not isinstance(settings, dict):
             return settings
         names = cls.model_fields
-        unknown = [key for key in settings if key not in names]
+        unknown = [*islice((key for key in settings if key not in names), _MAX_UNKNOWN)]
         if unknown:
-            reasons = [f"unknown key {shown(key)}{_instead(str(key), names)}" for key in unknown]
+            reasons = []
+            for key in unknown:
+                # difflib reads all of a name, however long it is
+                advice = _instead(str(key)[:_MAX_NAME], names)
+                reasons.append(f"unknown key {shown(key)}{advice}")
             raise _error_of(settings, reasons)
         return settings
 

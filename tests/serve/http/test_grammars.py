@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from loraloom.errors import ConfigError
+from loraloom.serve.http import grammars
 from loraloom.serve.http.app import ApiOptions
 from loraloom.serve.http.grammars import GrammarCompiler, json_grammar, resolve_ref
 from loraloom.serve.http.schemas import ChatBody
@@ -116,6 +117,41 @@ def test_deep_schemas_are_refused_before_they_are_compiled(name):
     body = ChatBody.model_validate(CHAT | body_with(TOO_DEEP[name]))
     with pytest.raises(ConfigError, match="at most 200 levels"):
         json_grammar(body)
+
+
+NAME = "abcdefgh"
+SPELLINGS = [
+    "".join(f"%{ord(c):x}" if i >> k & 1 else c for k, c in enumerate(NAME)) for i in range(256)
+]
+LINEAR = {
+    "a target in many spellings": {
+        "$defs": {NAME: {"enum": [0] * 20_000}},
+        "anyOf": [{"$ref": f"#/$defs/{spelling}"} for spelling in SPELLINGS],
+    },
+    "all levels of a target": {
+        "$defs": nested(150, lambda s: {"a": s, "enum": [0] * 100}),
+        "anyOf": [{"$ref": "#/$defs" + "/a" * level} for level in range(150)],
+    },
+    "elements of a list": {
+        "x": [0] * 30_000,
+        "anyOf": [{"$ref": f"#/x/{index}"} for index in range(4000)],
+    },
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_references_to_a_target_are_followed_once(name, monkeypatch):
+    schema = LINEAR[name]
+    visited = []
+    height = grammars._height
+
+    def count(node, *arguments):
+        visited.append(id(node))
+        return height(node, *arguments)
+
+    monkeypatch.setattr(grammars, "_height", count)
+    assert json_grammar(ChatBody.model_validate(CHAT | body_with(schema))) is not None
+    assert len(visited) < len(json.dumps(schema))
 
 
 def test_parameters_of_tools_are_bounded_as_schemas_are(url):

@@ -28,6 +28,7 @@ from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.request import RequestError, Row
 from loraloom.serve.adapter_cache import SUM, ServedAdapters, unknown_model
+from loraloom.serve.http.bodies import PreparedRoute
 from loraloom.serve.http.completions import ChatExchange, TextExchange
 from loraloom.serve.http.exchange import Backend
 from loraloom.serve.http.guards import (
@@ -89,6 +90,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # redirects know no proxy
     )
+    app.state.preparations = backend.preparations
+    app.router.route_class = PreparedRoute
     # what comes last stands outermost
     app.add_middleware(AccessGuard, options=options)
     if options.cors_origins:

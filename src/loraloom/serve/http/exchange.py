@@ -161,7 +161,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def grammar(self) -> str | None:
-        """What answers must keep to."""
+        """What answers must keep to; written in a thread."""
 
     @abstractmethod
     async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -281,7 +281,7 @@ class Exchange(ABC):
 
     async def _ask(self) -> None:
         engine, adapters = self.backend.engine, self.backend.adapters
-        grammar = self.grammar()
+        grammar = await self.prepare(self.grammar)
         if grammar is not None:
             self._constraint = await self.backend.grammars.compile(grammar, self._tenant)
         served, adapter = await self.backend.acquire(self.body.model, self._tenant)

@@ -56,7 +56,7 @@ def _json(schema: dict[str, Any]) -> str:
         written = json.dumps({**schema, "x-guidance": _SPACING})
     except RecursionError:
         written = ""
-    if not written or (len(written) <= MAX_CHARACTERS and _is_deep(schema, schema, set(), 1)):
+    if not written or (len(written) <= MAX_CHARACTERS and _height(schema, schema, {}) > MAX_DEPTH):
         raise ConfigError(
             "the JSON schema can't be used: it is nested too deeply; a schema may have at most "
             f"{MAX_DEPTH} levels, those behind its $refs included"
@@ -64,18 +64,27 @@ def _json(schema: dict[str, Any]) -> str:
     return f"%json {written}"
 
 
-def _is_deep(value: Any, schema: Any, followed: set[str], depth: int) -> bool:
-    """Whether a part of a schema has too many levels; each `$ref` is followed once."""
-    if depth > MAX_DEPTH:
-        return True
-    children = value if isinstance(value, list) else []
-    if isinstance(value, dict):
-        children = list(value.values())
-        ref = value.get("$ref")
-        if isinstance(ref, str) and ref not in followed:
-            followed.add(ref)
-            children.insert(0, resolve_ref(schema, ref))
-    return any(_is_deep(child, schema, followed, depth + 1) for child in children)
+def _height(node: Any, schema: Any, heights: dict[int, int], depth: int = 1) -> int:
+    """Count the levels below a part of a schema, those behind its `$ref` included.
+
+    Each part is visited once, however often references name it, so the time is linear.
+    """
+    if id(node) in heights:
+        return heights[id(node)]
+    children = node if isinstance(node, list) else []
+    if isinstance(node, dict):
+        children = list(node.values())
+        ref = node.get("$ref")
+        if isinstance(ref, str):
+            children.append(resolve_ref(schema, ref))
+    if not children or depth > MAX_DEPTH:
+        return 1
+    heights[id(node)] = 0  # a reference to what contains it adds no level
+    height = 1
+    for child in children:
+        height = max(height, 1 + _height(child, schema, heights, depth + 1))
+    heights[id(node)] = height
+    return height
 
 
 def resolve_ref(schema: Any, ref: str) -> Any:
@@ -84,10 +93,14 @@ def resolve_ref(schema: Any, ref: str) -> Any:
     for step in steps:
         key = unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(schema, list) and key.isdecimal():
-            schema = dict(enumerate(schema)).get(int(key))
+            schema = schema[int(key)] if _is_index(key, schema) else None
         else:
             schema = schema.get(key) if isinstance(schema, dict) else None
     return schema if start == "#" else None
+
+
+def _is_index(key: str, values: list[Any]) -> bool:
+    return len(key) <= len(str(len(values))) and int(key) < len(values)
 
 
 class GrammarCompiler:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from openai.types import chat, shared_params
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -17,6 +17,14 @@ _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _TokenKey = Annotated[int, Field(ge=0, lt=2**31, strict=False)]  # JSON's keys are texts
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 _NumTop = Annotated[int, Field(ge=0, le=20)]
+
+
+_Item = TypeVar("_Item")
+# For models within a body, which BodyParser leaves as they are.
+_List = Annotated[list[_Item], Field(fail_fast=True)]
+# More take the validator, which nothing interrupts, longer than others should wait.
+MAX_MESSAGES = 2**15
+MAX_PROMPTS = 2**16
 
 
 class SamplingBody(StrictModel):
@@ -71,9 +79,9 @@ class ChatMessage(BaseModel):
     """A turn of a conversation; what clients add to answers is ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[chat.ChatCompletionContentPartTextParam] | None = None
+    content: str | _List[chat.ChatCompletionContentPartTextParam] | None = None
     name: str | None = None
-    tool_calls: list[chat.ChatCompletionMessageFunctionToolCallParam] | None = None
+    tool_calls: _List[chat.ChatCompletionMessageFunctionToolCallParam] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
@@ -91,7 +99,7 @@ class ChatMessage(BaseModel):
 class ChatBody(SamplingBody):
     """A conversation to answer."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     """Generate at most N tokens. Default: as many as fit."""
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -150,7 +158,12 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """Prompts to continue."""
 
-    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]] = Field(min_length=1)
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[_TokenId], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[_TokenId], Field(fail_fast=True)]], Field(fail_fast=True)]
+    ) = Field(min_length=1)
     """Strings or token IDs."""
     max_tokens: int = Field(16, ge=0)
     """Generate at most N tokens per completion; 0, with `echo`, scores the prompt alone."""
