@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import loraloom
+from loraloom.adapters import LoraConfig
 from loraloom.base.families import FAMILIES
 from loraloom.errors import ModelError
 from loraloom.host.trial import try_adapters
-from tests.tiny import METHODS, tiny_ids, tiny_model
+from tests.tiny import METHODS, randomise, tiny_ids, tiny_model
 
 IDS = tiny_ids(2)
 
@@ -105,3 +106,28 @@ def test_what_is_built_otherwise_is_refused_with_the_reason(change, reason):
 @pytest.mark.parametrize("place", [torch.bfloat16, torch.device("meta")], ids=str)
 def test_rounding_is_no_difference_and_a_model_without_numbers_has_none(place):
     assert loraloom.attach(unknown().to(place)).base.model_type == "unheard_of"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["load_state_dict", "assigned", "in place"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_norms_are_of_the_weights_as_they_are(family, how):
+    model = tiny_model(family, torch.float32)
+    targets = "attention" if family == "llama" else "experts"
+    host = loraloom.attach(model)
+    config = LoraConfig(rank=2, target_modules=targets, weight_decomposition=True)
+    adapter = randomise(host.add("a", config))
+    host(IDS, adapters=["a"] * 2)
+    doubled = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    if how == "in place":
+        for name, parameter in model.named_parameters():
+            parameter.copy_(doubled[name])
+    else:
+        model.load_state_dict(doubled, assign=how == "assigned")
+    for projection in adapter.projections():
+        base = projection.base
+        torch.testing.assert_close(base.squared_norms, base.weight.square().sum(-1))
+    fresh = loraloom.attach(tiny_model(family, torch.float32, seed=1))
+    fresh.model.load_state_dict(doubled)
+    fresh.add("a", config).load_tensors(adapter.tensors())
+    assert torch.equal(host(IDS, adapters=["a"] * 2).logits, fresh(IDS, adapters=["a"] * 2).logits)

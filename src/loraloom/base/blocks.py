@@ -4,7 +4,7 @@ Axes: T tokens, I in_features, O out_features, F feed-forward, E experts of the 
 S columns of an A product, R rank.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -48,7 +48,7 @@ class BaseProjection:
     closed_experts: str | None = None
     """In a whole block, the class of experts whose weights can't be read."""
     quantized: QuantizedWeight | None = None
-    _squared_norms: Tensor | None = None
+    _squared_norms: tuple[Hashable, Tensor] | None = None
 
     def __init__(self, linear: Any, key: str, quantized: QuantizedWeight | None = None):
         self.linear: nn.Module = linear
@@ -95,7 +95,6 @@ class BaseProjection:
     def set_weight(self, weight: Tensor) -> None:
         """Put other values into W, rounded to its dtype."""
         copy_into(self.stored, self.as_stored(weight))
-        self._squared_norms = None
 
     @torch.no_grad()
     def product(
@@ -120,17 +119,27 @@ class BaseProjection:
 
     @property
     def squared_norms(self) -> Tensor:
-        """‖W‖² of each output row, in float32 or better; computed once on a device."""
-        if self._squared_norms is None or self._squared_norms.device != self.device:
-            weight = self.weight.detach()
-            # In bfloat16 a sum of thousands of squares would keep two digits.
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            if weight.dim() == 2:
-                norms = weight.to(dtype).square().sum(1)
-            else:  # one expert is wide at a time
-                norms = torch.stack([expert.to(dtype).square().sum(1) for expert in weight])
-            self._squared_norms = norms
-        return self._squared_norms
+        """‖W‖² of each output row, in float32 or better; computed once for W as it is."""
+        state = self._weight_state()
+        if self._squared_norms is not None and self._squared_norms[0] == state:
+            return self._squared_norms[1]
+        weight = self.weight.detach()
+        # In bfloat16 a sum of thousands of squares would keep two digits.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if weight.dim() == 2:
+            norms = weight.to(dtype).square().sum(1)
+        else:  # one expert is wide at a time
+            norms = torch.stack([expert.to(dtype).square().sum(1) for expert in weight])
+        self._squared_norms = state, norms
+        return norms
+
+    def _weight_state(self) -> Hashable:
+        """Return what differs once W has changed: by `load_state_dict`, or by anything in place."""
+        if self.quantized is not None:  # which nothing changes; reading a stack dequantizes it
+            return self.device
+        stored = self.stored
+        version = 0 if stored.is_inference() else stored._version
+        return self.device, id(stored), version
 
 
 class StackedProjection(BaseProjection):
