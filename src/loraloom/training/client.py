@@ -322,10 +322,11 @@ class _LossFunctionConfig(ObjectiveConfig):
     loss_fn: Any
     data: Any
 
+    name: Any = "loss_fn"
+
     @override
     def terms(self, scored: objectives.ScoredSamples, totals: Any) -> tuple[Any, Mapping[str, Any]]:
-        loss, metrics = self.loss_fn(self.data, scored.by_sample)
-        return loss.reshape(()), metrics
+        return self.loss_fn(self.data, scored.by_sample)
 
 
 def run_requests(

@@ -54,6 +54,6 @@ def test_a_metric_that_one_rank_alone_has_is_summed_too():
     host = twin_host()
     host.ranks.gather = lambda value: [value, [["theirs"]]]
     job = add_job(host, toy_config("a"), random=True)
-    job.objective = lambda scored, _: (-scored.log_probs.sum(), {"mine": 1.5})
+    job.objective = lambda scored, _: (-scored.log_probs.sum(), {"mine": torch.tensor(1.5)})
     (loss,) = forward_backward(host, [job.micro_batch()], PAD_ID)
     assert loss.metrics == {"mine": 3.0, "theirs": 0.0}

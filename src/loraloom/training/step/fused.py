@@ -165,8 +165,7 @@ def _share(
 ) -> _Share:
     scored = scored_samples(-token_losses, batch.examples, batch.reference)
     loss, metrics = batch.objective(scored, batch.window.totals)
-    # Metrics of registered objectives may be plain numbers.
-    metrics = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
+    metrics = dict(metrics)
     in_rows = [batch.examples[index] for row in rows for index in row]
     samples = [SampleTokens(len(sample.input_ids), sample.expert_group) for sample in in_rows]
     if not batch.counts:

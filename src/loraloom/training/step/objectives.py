@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loraloom.data.tokens import Example, TrainingExample, count_labels
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, TrainingError, shown
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
@@ -62,8 +62,8 @@ class ScoredSamples:
         return self.log_probs.new_tensor([max(count, 1) for count in self.num_labels])
 
 
-# A micro-batch's share of its step's loss, and of metrics by their names in metrics.jsonl.
-Terms = tuple[Tensor, Mapping[str, float | Tensor]]
+# A micro-batch's share of its step's loss, and of metrics by their names in metrics.jsonl: scalars.
+Terms = tuple[Tensor, Mapping[str, Tensor]]
 # A loss whose shares add up: it does not depend on how a step is cut into micro-batches.
 Objective = Callable[[ScoredSamples, StepTotals], Terms]
 
@@ -107,9 +107,71 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Terms:
     return loss, {**metrics, "nll_loss": nll.detach()}
 
 
+@dataclass(frozen=True)
+class RegisteredObjective:
+    """An objective of a user's code, whose results are checked before they meet those of others."""
+
+    config: ObjectiveConfig
+
+    def __call__(self, scored: ScoredSamples, totals: StepTotals) -> Terms:
+        """Compute the loss and metrics as scalar tensors.
+
+        Raises:
+            TrainingError: If one of them is not a single number.
+        """
+        terms = self.config.terms(scored, totals)
+        if not isinstance(terms, tuple) or len(terms) != 2 or not isinstance(terms[1], Mapping):
+            raise TrainingError(
+                f"{self._name} must return a pair (loss, metrics), metrics by name, got "
+                f"{shown(terms)}; return loss, {{}} for none"
+            )
+        loss, metrics = terms
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            raise TrainingError(
+                f"{self._name} must return the loss as a tensor with one number, got "
+                f"{_described(loss)}; return its sum divided by a total of the step"
+            )
+        if scored.log_probs.requires_grad and not loss.requires_grad:
+            raise TrainingError(
+                f"{self._name} must compute the loss from log-probabilities, got one without a "
+                "gradient; remove detach() and item() from its way"
+            )
+        return loss.reshape(()), {
+            name: self._scalar(name, value, loss) for name, value in metrics.items()
+        }
+
+    def _scalar(self, name: object, value: object, loss: Tensor) -> Tensor:
+        try:
+            metric = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            metric = None
+        if (
+            not isinstance(name, str)
+            or metric is None
+            or metric.numel() != 1
+            or metric.is_complex()
+        ):
+            raise TrainingError(
+                f"{self._name} must return metrics that are single numbers by name, got "
+                f"{_described(value)} for {shown(name)}; return its sum divided by a total of the "
+                "step, or leave it out"
+            )
+        return metric.detach().reshape(()).to(loss)
+
+    @property
+    def _name(self) -> str:
+        return f"objective {shown(self.config.name)}"
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return shown(value)
+
+
 def build_objective(config: ObjectiveConfig) -> Objective:
     if type(config).terms is not ObjectiveConfig.terms:
-        return config.terms
+        return RegisteredObjective(config)
     match config:
         case DpoConfig():
             return partial(dpo, config)
