@@ -188,7 +188,11 @@ class TrainConfig(OptimizerConfig):
     eval_on_start: bool = False
     """Evaluate before the first step as well."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Save a checkpoint for --resume every N steps; null: only at evaluations and the end."""
+    """Save a checkpoint for --resume and `checkpoint-<step>/`, an adapter to load, every N steps;
+    null: a checkpoint at evaluations and the end, and the best evaluation's adapter."""
+    save_total_limit: int | None = Field(default=None, ge=1)
+    """Maximum number of `checkpoint-<step>/` directories of the job: the oldest are deleted, but
+    neither the newest nor the best evaluation's. null: no maximum."""
     early_stopping: EarlyStoppingConfig | None = None
     """Stop when a metric no longer improves."""
 
