@@ -24,7 +24,7 @@ from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status
 from loraloom.training.memory import kept_memory
-from loraloom.training.reporting import Interruption, Progress, Reporter
+from loraloom.training.reporting import Interruption, Progress, Reporter, check_trackers
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig, TrackerName
@@ -63,6 +63,7 @@ class Engine:
         # Where several ranks train, the first one has files and speaks.
         self._is_first = host.ranks.is_first
         trackers: list[TrackerName] = ["jsonl", *run.trackers] if self._is_first else []
+        check_trackers(trackers, len(jobs))
         self._reporter = Reporter(directory, progress, trackers)
         self.interruption = Interruption(self._reporter.message)
         self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, self._reporter.message)

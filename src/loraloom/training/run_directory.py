@@ -41,7 +41,7 @@ from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
 TENSORBOARD_DIRECTORY = "tensorboard"
 # As transformers' Trainer calls them: `checkpoint-200`.
 _INTERMEDIATE = "checkpoint-"
-_LOGS = (TENSORBOARD_DIRECTORY, "wandb")
+_LOGS = (TENSORBOARD_DIRECTORY, "dvclive", "swanlab", "wandb")
 _JOB_ENTRIES = (*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints", *_LOGS)
 
 
