@@ -1,11 +1,12 @@
 """A Markdown extension for links from docs/ to files next to it, such as `../src/loraloom`.
 
 In the repository they lead to the file. The site has no such file: there they lead to the version's
-file in the repository that pyproject.toml names, and become plain text while it names none.
+file in the repository at LORALOOM_REPOSITORY, and become plain text where that is not set.
 """
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -32,7 +33,7 @@ class SourceLinks(Treeprocessor):
 
 def files_address() -> str:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    repository = settings["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"]
+    repository = os.environ.get("LORALOOM_REPOSITORY", "")
     version = settings["project"]["version"]
     return f"{repository.rstrip('/')}/blob/v{version}" if repository else ""
 

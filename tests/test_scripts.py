@@ -3,12 +3,27 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["setup", "test", "demo", "check", "lowest", "release"]
+# hatchling is in the environments of builds alone.
+METADATA = f"""
+import sys
+from types import SimpleNamespace
+
+interface = SimpleNamespace(MetadataHookInterface=object)
+sys.modules["hatchling.metadata.plugin.interface"] = interface
+from hatch_build import RepositoryMetadata
+
+hook, metadata = RepositoryMetadata(), {{"version": "1"}}
+hook.root = {str(ROOT)!r}
+hook.update(metadata)
+print(metadata["urls"].get("Repository"))
+"""
 SCRIPTS = [*(f"scripts/{name}" for name in NAMES), ".ci/run"]
 
 
@@ -70,3 +85,19 @@ def test_arguments_of_test_go_to_pytest_behind_its_own(checkout):
     said = run(checkout / "scripts/test", "-n", "0", "-k", "a or b", OMP_NUM_THREADS="")
     own = "-m pytest -n 3 --dist loadscope --no-loadscope-reorder".split()
     assert said.stdout.splitlines() == ["threads 1", *own, "-n", "0", "-k", "a or b"]
+
+
+def test_a_release_requires_the_address_of_the_repository(checkout):
+    result = run(checkout / "scripts" / "release", LORALOOM_REPOSITORY="")
+    assert result.returncode == 1
+    assert "LORALOOM_REPOSITORY=https://HOST/OWNER/NAME scripts/release" in result.stderr
+    assert not (checkout / "build").exists()
+
+
+@pytest.mark.parametrize("address", ["", "https://host/owner/name", "github.com/owner"])
+def test_metadata_has_links_where_the_repository_is_named(address):
+    result = run(sys.executable, "-c", METADATA, LORALOOM_REPOSITORY=address, PYTHONPATH=str(ROOT))
+    if address.startswith("github"):
+        assert "LORALOOM_REPOSITORY must be https://HOST/OWNER/NAME" in result.stderr
+    else:
+        assert result.stdout.strip() == (address or "None"), result.stderr

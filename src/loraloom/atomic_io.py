@@ -132,6 +132,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory at once: who reads it has all of it or none."""
+    with _aside(path.parent) as aside, suppress(FileNotFoundError):
+        os.replace(path, aside)
+
+
 def remove_leftovers(directory: Path, older_than_s: float = 0.0) -> None:
     """Delete what killed writers left in a directory."""
     newest = time.time() - older_than_s

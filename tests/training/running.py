@@ -69,6 +69,12 @@ def assert_same_files(directory: Path, expected: Path, jobs: Sequence[str]) -> N
         assert all(torch.equal(tensors[name], others[name]) for name in others), job
 
 
+def intermediate_files(directory: Path) -> dict[str, bytes]:
+    """Read the files of all intermediate adapters of a run."""
+    paths = sorted(directory.glob("*/checkpoint-*/*"))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
 def trained_weights(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Train all jobs to their ends."""
     jobs = list(engine.jobs.values())

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.tiny import ON_EXPERTS
 from tests.training.running import (
     assert_same_files,
     assert_same_metrics,
+    intermediate_files,
     interrupted,
     matrix,
     read_metrics,
@@ -157,9 +159,10 @@ def test_loss_that_is_not_finite_stops_that_job_only(tmp_path):
 
 
 def measured_matrix():
-    """The matrix with evaluations, a schedule and an optimizer that have a state."""
+    """The matrix with evaluations, files amid it, a schedule and an optimizer with a state."""
+    settings = {"lr_scheduler": "cosine", "eval_steps": 3, "save_steps": 2}
     data = {"task": "skills", "validation_fraction": 0.5}
-    configs, sets = matrix(max_steps=8, lr_scheduler="cosine", eval_steps=3, data=data)
+    configs, sets = matrix(max_steps=8, data=data, **settings)
     for training_set in sets.values():
         training_set.validation.extend(toy_set(count=3, seed=len(sets)).examples)
     return configs, sets
@@ -171,11 +174,18 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(tmp_path, stop, options
     options = {"dtype": torch.float32, **options}
     toy_engine(tmp_path / "unbroken", configs, sets, **options).run()
     interrupted(toy_engine(tmp_path / "broken", configs, sets, **options), after_round=stop)
+    assert any((tmp_path / "broken").glob("*/checkpoint-*/adapter_config.json"))
+    (tmp_path / "broken/dora/checkpoint-99").mkdir()  # as of a run that was killed further on
     resumed(tmp_path / "broken", configs, sets, **options).run()
     for place in ("", "checkpoints/last"):
         names = [f"{name}/{place}" for name in sets]
         assert_same_files(tmp_path / "broken", tmp_path / "unbroken", names)
     assert_same_metrics(tmp_path / "broken", tmp_path / "unbroken", list(sets))
+    files = intermediate_files(tmp_path / "broken")
+    assert files == intermediate_files(tmp_path / "unbroken")
+    assert {Path(name).parts[1] for name in files} == {
+        f"checkpoint-{step}" for step in (2, 4, 6, 8)
+    }
 
 
 def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -44,15 +45,17 @@ def test_a_run_writes_adapters_metrics_and_results(inputs, tmp_path):
     spoken = Spoken()
     run = settings(inputs, tmp_path / "out")
     plain, mixture = train(run, progress=spoken, command="loraloom train run.yaml")
-    for name in JOBS:
-        assert {path.name for path in (tmp_path / "out" / name).iterdir()} == {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "README.md",
-            "metrics.jsonl",
-            "result.json",
-            "checkpoints",
-        }
+    expected = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints",
+    }
+    assert set(os.listdir(tmp_path / "out/plain")) == expected
+    intermediate = {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+    assert set(os.listdir(tmp_path / "out/mixture")) == expected | intermediate
     assert (plain.method, plain.steps, plain.weights) == ("LoRA", 4, "best")
     assert (mixture.method, mixture.metrics) == ("MixLoRA", {"eval/arc_easy/accuracy": 0.5})
     assert any("rows.jsonl: 16 rows, 12 examples" in text for text in spoken.messages)

@@ -142,7 +142,7 @@ def test_a_faulty_job_is_refused(settings, message):
     ("settings", "message"),
     [
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
-        ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
+        ({"trackers": ["mflow"]}, "'mlflow', 'swanlab', 'tensorboard', 'trackio' or 'wandb'"),
         ({"jobs": [job(), job(name="A")]}, "must be unique, also in a sweep, got 'a' again"),
     ],
 )

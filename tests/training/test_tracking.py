@@ -3,14 +3,18 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 from unittest.mock import Mock
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from loraloom.errors import ConfigError
 from loraloom.training import reporting
 from loraloom.training.engine import Engine
 from loraloom.training.reporting import open_tracker
-from tests.training.running import Spoken
+from loraloom.training.settings import TrackerName
+from tests.training.running import Spoken, read_metrics
 from tests.training.toy import toy_config, toy_engine, toy_set
 
 
@@ -131,3 +135,47 @@ def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeyp
     monkeypatch.setattr(reporting, "sync", Mock(side_effect=OSError("quota")))
     (result,) = tracked_engine(tmp_path / "full", "jsonl", max_steps=3, save_steps=1).run()
     assert result.status == "finished"
+
+
+def test_the_names_are_those_of_accelerate():
+    assert {"jsonl", *LOGGER_TYPE_TO_CLASS} == set(get_args(TrackerName))
+
+
+def test_a_missing_package_is_an_error_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
+    with pytest.raises(ConfigError, match=r"comet_ml requires .*Run `pip install comet-ml`"):
+        tracked_engine(tmp_path, "comet_ml")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tracker_of_a_single_run_refuses_jobs_that_train_together(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clearml", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace())
+    monkeypatch.setenv("MLFLOW_RUN_ID", "7f")
+    for name in ("clearml", "mlflow"):
+        with pytest.raises(ConfigError, match=f"{name} holds a single run in a process, got 2"):
+            toy_engine(tmp_path, [toy_config("a"), toy_config("b")], trackers=(name,))
+
+
+def test_jobs_that_train_together_have_their_configuration_and_metrics_apart(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file:{tmp_path / 'mlruns'}")
+    configs = [toy_config("a", seed=1), toy_config("b", seed=2, max_steps=3)]
+    toy_engine(tmp_path / "run", configs, trackers=("mlflow", "tensorboard")).run()
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert {run.info.run_name for run in runs} == {"a", "b"}
+    for run in runs:
+        name = run.info.run_name
+        assert run.info.status == "FINISHED"
+        assert run.data.params["seed"] == {"a": "1", "b": "2"}[name]
+        assert run.data.params["train.batch_size"] == "4"
+        history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
+        expected = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run" / name)]
+        assert [(metric.step, metric.value) for metric in history] == expected
+        logged = tmp_path / "run" / name / "tensorboard"
+        losses = reader.EventAccumulator(str(logged)).Reload().Scalars("loss")
+        assert [event.step for event in losses] == [step for step, _ in expected]
+        (hparams,) = logged.glob("*/hparams.yml")
+        assert f"seed: {run.data.params['seed']}" in hparams.read_text()

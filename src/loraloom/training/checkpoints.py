@@ -154,15 +154,21 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
     changed = describe_changes({name: checkpoint.base.get(name) for name in base}, base, "base")
     for job in jobs:
         if job.name in checkpoint.jobs:
-            saved = as_of_now(checkpoint.jobs[job.name].settings)
-            # It changes no job's result.
-            now = job.model_dump(mode="json") | {"priority": saved.get("priority")}
+            saved = _decisive_settings(as_of_now(checkpoint.jobs[job.name].settings))
+            now = _decisive_settings(job.model_dump(mode="json"))
             changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
     if changed:
         raise ConfigError(
             "--resume requires the settings of the interrupted run, but these differ: "
             f"{'; '.join(changed)}; restore the settings, or pass --overwrite to start again"
         )
+
+
+def _decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings of a job that its results don't depend on."""
+    settings = {name: value for name, value in settings.items() if name != "priority"}
+    train = {k: v for k, v in settings.get("train", {}).items() if k != "save_total_limit"}
+    return {**settings, "train": train}
 
 
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:

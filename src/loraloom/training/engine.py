@@ -24,7 +24,7 @@ from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status
 from loraloom.training.memory import kept_memory
-from loraloom.training.reporting import Interruption, Progress, Reporter
+from loraloom.training.reporting import Interruption, Progress, Reporter, check_trackers
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig, TrackerName
@@ -63,6 +63,7 @@ class Engine:
         # Where several ranks train, the first one has files and speaks.
         self._is_first = host.ranks.is_first
         trackers: list[TrackerName] = ["jsonl", *run.trackers] if self._is_first else []
+        check_trackers(trackers, len(jobs))
         self._reporter = Reporter(directory, progress, trackers)
         self.interruption = Interruption(self._reporter.message)
         self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, self._reporter.message)
@@ -99,6 +100,8 @@ class Engine:
                 self._evaluate_due()  # of jobs that have just joined
                 self.step()
             if self._must_end():
+                for job in self.jobs.values():
+                    self._write_intermediate_adapter(job)
                 self.save_state()
                 self._reporter.message("saved a checkpoint; pass --resume to continue from here")
                 self.interruption.end()
@@ -164,6 +167,7 @@ class Engine:
                 self._reporter.step(job, metrics, self.seconds)
                 save_steps = job.config.train.save_steps
                 if save_steps is not None and job.position.step % save_steps == 0:
+                    self._write_intermediate_adapter(job)
                     self._is_checkpoint_due = True
         self._reporter.flush()
 
@@ -182,6 +186,8 @@ class Engine:
                     raise outcome
                 job.take_evaluation(outcome)
                 self._reporter.evaluation(job, outcome, self.seconds)
+            if job.name in self.jobs and job.has_new_best and not job.is_complete:
+                self._write_intermediate_adapter(job)
         self._reporter.flush()
         self._is_checkpoint_due = True
 
@@ -193,6 +199,7 @@ class Engine:
         with self.host.ranks.together():
             if self._is_first:
                 self.directory.write_job(self.host, job, result)
+                self.directory.rotate_intermediate_adapters(job, has_ended=True)
         job.release()
         del self.jobs[name]
         self._records[name] = replace(self._records[name], result=result)
@@ -200,6 +207,15 @@ class Engine:
         self._reporter.end(name)
         self._is_checkpoint_due = True
         return result
+
+    def _write_intermediate_adapter(self, job: Job) -> None:
+        """Write a job's adapter for its users, before the checkpoint that resumes after it."""
+        # Weights that no loss has proven yet may be infinite: the next step says so.
+        if job.position.step == 0 or job.find_fault_of_weights() is not None:
+            return
+        with self.host.ranks.together():
+            if self._is_first:
+                self.directory.write_intermediate_adapter(self.host, job)
 
     def save_state(self) -> None:
         for job in self.jobs.values():
@@ -214,6 +230,8 @@ class Engine:
             if self._is_first:
                 keep = self._run.keep_snapshots if states else 1
                 self.directory.checkpoints.write(self._checkpoint(), states, keep=keep)
+                for job in self.jobs.values():
+                    self.directory.rotate_intermediate_adapters(job)
         self._is_checkpoint_due = False
 
     def _checkpoint(self) -> checkpoints.Checkpoint:
@@ -257,7 +275,8 @@ class Engine:
         for name in self.jobs.keys() - saved.keys():
             self.jobs[name].position.level = self._least_level(self.jobs.keys() & saved.keys())
         self._records = {**saved, **self._records}
-        self._is_checkpoint_due = False
+        # Jobs that are new in the run file are in a checkpoint before they write files.
+        self._is_checkpoint_due = not self.jobs.keys() <= saved.keys()
 
     def _check_inputs(self, checkpoint: checkpoints.Checkpoint) -> None:
         changed = []
@@ -280,6 +299,7 @@ class Engine:
                 self.host.ranks.keep_at_first(job.learner.parameters.values())
             if self._is_first:
                 self.directory.reopen(job.name, checkpoint.jobs[job.name].metrics_bytes)
+                self.directory.rotate_intermediate_adapters(job)
 
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.

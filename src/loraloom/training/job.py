@@ -97,6 +97,11 @@ class Job:
         return self.position.step >= self.total_steps or self.position.stopped_early
 
     @property
+    def has_new_best(self) -> bool:
+        """Whether the last evaluation was of the present weights, and the best so far."""
+        return self.selection.step == self.position.step
+
+    @property
     def is_evaluation_due(self) -> bool:
         position = self.position
         eval_steps = self.config.train.eval_steps

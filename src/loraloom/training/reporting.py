@@ -7,7 +7,7 @@ otherwise.
 
 from __future__ import annotations
 
-import contextvars
+import importlib
 import io
 import json
 import os
@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from accelerate import PartialState
-from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -32,13 +33,15 @@ from rich.text import Text
 
 from loraloom.atomic_io import append_line, sync
 from loraloom.config.run_files import METRICS_FILE
-from loraloom.errors import plain
+from loraloom.errors import ConfigError, plain
 from loraloom.terminal import make_console
 from loraloom.training.job import Job
 from loraloom.training.run_directory import TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.settings import TrackerName
 
 PLAIN_INTERVAL_S = 60.0
+# Their libraries have one current run in a process.
+SINGLE_RUN_TRACKERS = ("clearml", "comet_ml", "swanlab")
 # Jobs that a line of a log names.
 MAX_JOBS_OF_LINE = 4
 NOTICE = "saving a checkpoint after this step; press Ctrl-C again to stop at once"
@@ -149,44 +152,124 @@ class MetricsFile:
 class Tracker:
     """A tracker of accelerate's form, which is started here, with the run of a job."""
 
-    def __init__(self, name: str, tracker: Any):
+    def __init__(self, name: str, tracker: GeneralTracker):
         self.name = name
         self._tracker = tracker
         PartialState()  # without it accelerate's logger raises
-        # trackio's init ends the run that its context knows, so each job has its own context.
-        self._context = contextvars.Context()
-        self._context.run(tracker.start)
+        # MLflow has one current run in a thread, and trackio one in a context.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        try:
+            self._call(tracker.start)
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    def store_configuration(self, config: Mapping[str, Any]) -> None:
+        self._call(self._tracker.store_init_configuration, flatten(config))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log metrics at their step; what is no number, `warnings` that is, is left out."""
         values = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, list)}
-        self._context.run(self._tracker.log, values, step=metrics["step"])
+        self._call(partial(self._tracker.log, values, step=metrics["step"]))
 
     def close(self) -> None:
-        self._context.run(self._tracker.finish)
+        try:
+            self._call(self._tracker.finish)
+        finally:
+            self._thread.shutdown()
+
+    def _call(self, function: Callable[..., object], *args: object) -> None:
+        self._thread.submit(function, *args).result()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Name nested settings by their paths, `train.batch_size`; what is null is left out."""
+    flat: dict[str, str | int | float | bool] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, str | int | float):
+            flat[f"{prefix}{name}"] = value
+        elif value is not None:
+            flat[f"{prefix}{name}"] = json.dumps(value)
+    return flat
+
+
+def check_trackers(names: Iterable[TrackerName], num_jobs: int) -> None:
+    for name in names:
+        if name != "jsonl" and name not in map(str, get_available_trackers()):
+            _check_package(name)
+        is_single = name in SINGLE_RUN_TRACKERS
+        if name == "mlflow":
+            is_single = "MLFLOW_RUN_ID" in os.environ
+        if is_single and num_jobs > 1:
+            raise ConfigError(
+                f"trackers: {name} holds a single run in a process, got {num_jobs} jobs that train "
+                "together. Train each job in a separate run, or choose another tracker."
+            )
+
+
+def _check_package(name: TrackerName) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise ConfigError(
+            f"trackers: {name} requires the package {package}, which cannot be imported "
+            f"({error}). Run `pip install {package}`, or remove {name} from trackers."
+        ) from error
 
 
 def open_tracker(
     name: TrackerName, directory: Path, first_step: int, config: Mapping[str, Any]
 ) -> MetricsFile | Tracker:
+    if name == "jsonl":
+        return MetricsFile(directory / METRICS_FILE)
     project = os.environ.get(f"{name.upper()}_PROJECT", "loraloom")
-    run: dict[str, Any] = {"name": directory.name, "group": directory.parent.resolve().name}
-    run["config"] = dict(config)
+    settings = _tracker_settings(name, directory, first_step, config)
+    # TensorBoard names a subdirectory of the job's by it.
+    title = TENSORBOARD_DIRECTORY if name == "tensorboard" else project
+    tracker = Tracker(name, LOGGER_TYPE_TO_CLASS[name](title, **settings))
+    # A resumed job adds to TensorBoard's and DVCLive's files, which have the configuration.
+    if "config" not in settings and (first_step == 1 or name not in ("tensorboard", "dvclive")):
+        tracker.store_configuration(config)
+    return tracker
+
+
+def _tracker_settings(
+    name: TrackerName, directory: Path, first_step: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a tracker's own library is started with; its environment decides the rest."""
+    job = directory.name
+    group = directory.parent.resolve().name
+    run = {"name": job, "group": group, "config": dict(config)}
     match name:
         case "tensorboard":
-            tracker = TensorBoardTracker(TENSORBOARD_DIRECTORY, directory, purge_step=first_step)
+            return {"logging_dir": directory, "purge_step": first_step}
         case "trackio":
-            run |= {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-            tracker = TrackioTracker(project, **run)
+            return {**run, "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         case "wandb":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             # Nothing leaves this machine unless the user says so.
             run |= {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
-            run |= {"reinit": "create_new", "settings": {"console": "off", "quiet": True}}
-            tracker = WandBTracker(project, **run)
-        case "jsonl":
-            return MetricsFile(directory / METRICS_FILE)
-    return Tracker(name, tracker)
+            return {**run, "reinit": "create_new", "settings": {"console": "off", "quiet": True}}
+        case "swanlab":
+            mode = os.environ.get("SWANLAB_MODE", "offline")
+            log_directory = str(directory / "swanlab")
+            names = {"experiment_name": job, "group": group}
+            return {**names, "config": dict(config), "mode": mode, "logdir": log_directory}
+        case "mlflow":
+            return {"run_name": job, "tags": {"group": group}}
+        case "aim":
+            return {"experiment": group}
+        case "clearml":
+            return {"task_name": job, "tags": [group]}
+        case "dvclive":
+            live_directory = str(directory / "dvclive")
+            is_resumed = first_step > 1
+            return {"dir": live_directory, "resume": is_resumed, "save_dvc_exp": False}
+        case _:
+            return {}
 
 
 class Reporter:
@@ -219,6 +302,7 @@ class Reporter:
         trackers = self._trackers[job.name] = []
         for name in dict.fromkeys(self._tracker_names):
             with self._noting_faults(name, job.name):
+                check_trackers([name], len(self._trackers))
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
         self._progress.add(job)
         for warning in job.warnings:

@@ -2,11 +2,13 @@
 
     <output_dir>/<job>/                        the adapter's files, metrics.jsonl, result.json
     <output_dir>/<job>/checkpoints/last/       the adapter at the job's end
+    <output_dir>/<job>/checkpoint-<step>/      an intermediate adapter, the job's after that step
     <output_dir>/.checkpoints/                 checkpoints of all jobs at one moment
     <output_dir>/.checkpoints/worker-1-of-2/   those of a Ray worker's jobs
     <output_dir>/sweep.csv, .journal           a sweep's jobs, compared; Optuna's record of them
 
-No job can be called .checkpoints: see `check_name`.
+No job can be called .checkpoints: see `check_name`. Intermediate adapters are for users alone, who
+may copy or delete them at any time: --resume reads none of them.
 """
 
 import os
@@ -19,7 +21,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loraloom.adapters.routed.method import sources_of
-from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_json
+from loraloom.atomic_io import (
+    cut_torn_line,
+    remove,
+    remove_directory,
+    remove_leftovers,
+    write_directory,
+    write_json,
+)
 from loraloom.config.run_files import METRICS_FILE, RESULT_FILE, SWEEP_TABLE
 from loraloom.errors import ConfigError
 from loraloom.formats.files import model_card, write_adapter
@@ -30,7 +39,9 @@ from loraloom.training.job import Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
 
 TENSORBOARD_DIRECTORY = "tensorboard"
-_LOGS = (TENSORBOARD_DIRECTORY, "wandb")
+# As transformers' Trainer calls them: `checkpoint-200`.
+_INTERMEDIATE = "checkpoint-"
+_LOGS = (TENSORBOARD_DIRECTORY, "dvclive", "swanlab", "wandb")
 _JOB_ENTRIES = (*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints", *_LOGS)
 
 
@@ -145,8 +156,8 @@ class RunDirectory:
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
-        for file in (RESULT_FILE, *SAVED_FILES):
-            path = self.job(name) / file
+        files = [self.job(name) / file for file in (RESULT_FILE, *SAVED_FILES)]
+        for path in (*files, *self.intermediate_adapters(name).values()):
             if path.exists() and not overwrite:
                 raise ConfigError(
                     f"job {name} must be new in {self.path}, but there is {path}; choose another "
@@ -158,6 +169,8 @@ class RunDirectory:
         with self._writing():
             for entry in _JOB_ENTRIES:
                 remove(self.job(name) / entry)
+            for path in self.intermediate_adapters(name).values():
+                remove_directory(path)
             remove_leftovers(self.job(name))
 
     def reopen(self, name: str, metrics_bytes: int) -> None:
@@ -168,11 +181,45 @@ class RunDirectory:
             remove(self.job(name) / RESULT_FILE)
             cut_torn_line(self.metrics(name), metrics_bytes)
 
+    def intermediate_adapters(self, name: str) -> dict[int, Path]:
+        """List a job's intermediate adapters by their steps, the oldest first."""
+        paths = {}
+        for path in self.job(name).glob(f"{_INTERMEDIATE}*/"):
+            digits = path.name.removeprefix(_INTERMEDIATE)
+            if digits.isdecimal():
+                paths[int(digits)] = path
+        return dict(sorted(paths.items()))
+
+    def write_intermediate_adapter(self, host: Host, job: Job) -> None:
+        step = job.position.step
+        path = self.job(job.name) / f"{_INTERMEDIATE}{step}"
+        if path.exists():  # the step's end, its evaluation and Ctrl-C may each ask for it
+            return
+        epochs = f"{job.order.epochs_after(step):g} epochs"
+        training = f"{epochs}, {job.position.tokens:,} tokens, seed {job.config.seed}"
+        line = f"The weights after {step} of {job.total_steps} steps ({training})."
+        card = _model_card(host, job, line)
+
+        def fill(aside: Path) -> None:
+            _write_adapter(aside, host, job, job.adapter.tensors(), card)
+
+        with self._writing():
+            write_directory(path, fill)
+
+    def rotate_intermediate_adapters(self, job: Job, *, has_ended: bool = False) -> None:
+        """Delete the intermediate adapters that an unbroken run does not have at this step."""
+        paths = self.intermediate_adapters(job.name)
+        needed = _steps_to_keep(job, paths, has_ended=has_ended)
+        for step, path in paths.items():
+            if step not in needed:
+                with suppress(OSError):  # it is tried again after the next one
+                    remove_directory(path)
+
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         last = job.adapter.tensors()
         with self._writing():
             _write_adapter(self.job(job.name) / "checkpoints" / "last", host, job, last)
-            card = _model_card(result, host, job)
+            card = _model_card(host, job, *_describe_result(result, job))
             kept = last if job.best is None else job.best
             _write_adapter(self.job(job.name), host, job, kept, card)
             write_json(self.job(job.name) / RESULT_FILE, asdict(result))
@@ -195,7 +242,30 @@ def _write_adapter(
     write_adapter(path, config, tensors, host.base, card, prompt=prompt, overwrite=True)
 
 
-def _model_card(result: JobResult, host: Host, job: Job) -> str:
+def _steps_to_keep(job: Job, steps: Iterable[int], *, has_ended: bool) -> set[int]:
+    """Choose the intermediate adapters of a job that stay.
+
+    Those of `save_steps` stay, as many as `save_total_limit` allows. The others are the best
+    evaluation's and an interruption's, which the job's directory replaces at its end.
+
+    Source: transformers 5, trainer_utils.py, rotate_checkpoints.
+    """
+    train = job.config.train
+    now, best = job.position.step, job.selection.step
+    kept = []
+    for step in steps:
+        is_regular = train.save_steps is not None and step % train.save_steps == 0
+        if step <= now and (is_regular or (step in (now, best) and not has_ended)):
+            kept.append(step)
+    if train.save_total_limit is None or not kept:
+        return set(kept)
+    protected = {kept[-1], best} & set(kept)
+    num_deleted = max(len(kept) - max(train.save_total_limit, len(protected)), 0)
+    deleted = [step for step in kept if step not in protected][:num_deleted]
+    return set(kept) - set(deleted)
+
+
+def _describe_result(result: JobResult, job: Job) -> list[str]:
     weights = f"{result.weights} weights of {result.steps} steps"
     if result.best is not None:
         weights += f", chosen by {result.best['metric']} after step {result.best['step']}"
@@ -204,11 +274,15 @@ def _model_card(result: JobResult, host: Host, job: Job) -> str:
     if result.metrics:
         lines += ["", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in result.metrics.items()]
+    return lines
+
+
+def _model_card(host: Host, job: Job, *results: str) -> str:
     return model_card(
         job.adapter.config,
         host.base,
-        name=result.job,
-        data="\n".join(f"- {line}" for line in result.data),
-        results="\n".join(lines),
+        name=job.name,
+        data="\n".join(f"- {line}" for line in job.training_set.report),
+        results="\n".join(results),
         prompt=job.adapter.prompt,
     )

@@ -44,8 +44,11 @@ LrScheduler = Literal[
     "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 ]
+TrackerName = Literal[
+    "jsonl", "aim", "clearml", "comet_ml", "dvclive", "mlflow",
+    "swanlab", "tensorboard", "trackio", "wandb",
+]
 # fmt: on
-TrackerName = Literal["jsonl", "tensorboard", "trackio", "wandb"]
 BASE_REFERENCE = "base"
 _GIVE = "set data.validation_fraction, data.validation or eval"
 
@@ -188,7 +191,11 @@ class TrainConfig(OptimizerConfig):
     eval_on_start: bool = False
     """Evaluate before the first step as well."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Save a checkpoint for --resume every N steps; null: only at evaluations and the end."""
+    """Save a checkpoint for --resume and `checkpoint-<step>/`, an adapter to load, every N steps;
+    null: a checkpoint at evaluations and the end, and the best evaluation's adapter."""
+    save_total_limit: int | None = Field(default=None, ge=1)
+    """Maximum number of `checkpoint-<step>/` directories of the job: the oldest are deleted, but
+    neither the newest nor the best evaluation's. null: no maximum."""
     early_stopping: EarlyStoppingConfig | None = None
     """Stop when a metric no longer improves."""
 
@@ -332,7 +339,7 @@ class RunConfig(BaseModelConfig):
     memory_limit: ByteSize | None = None
     """Maximum memory of an accelerator to use: bytes or "20GB"; null: all of it."""
     trackers: tuple[TrackerName, ...] = ("jsonl",)
-    """Trackers: `jsonl`, `tensorboard`, `trackio`, `wandb`. metrics.jsonl is always written."""
+    """Trackers of accelerate by name, each with a run per job. metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = ()
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = None
