@@ -69,6 +69,14 @@ _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
@@ -90,6 +98,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _EXPERTS | _LINEAR,
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
+    "axk1": _EXPERTS | _GROUPS | _LATENT,
+    "deepseek_v2": _EXPERTS | _GROUPS | _LATENT,
+    "glm4_moe_lite": _EXPERTS | _GROUPS | _LATENT,
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 16},
     "qwen3_moe": _EXPERTS | {"head_dim": 8},
@@ -114,16 +127,7 @@ MOE_TYPES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": _EXPERTS | _GROUPS,
     "dots1": _EXPERTS | _GROUPS,
-    "deepseek_v3": _EXPERTS
-    | _GROUPS
-    | {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
+    "deepseek_v3": _EXPERTS | _GROUPS | _LATENT,
     "ernie4_5_moe": {
         "moe_intermediate_size": 16,
         "moe_num_experts": 4,
@@ -147,6 +151,8 @@ MOE_TYPES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
     },
 }
+LATENT_TYPES = ("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "axk1", "minicpm3", "youtu")
+"""Those with multi-head latent attention."""
 _MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_next")
 _COMPOSITES = ("gemma3", "mistral3")
 """Models with an encoder of images beside their text part."""
@@ -235,7 +241,7 @@ def tiny_model(
     config = _tiny_config(family, changes)
     auto = AutoModelForImageTextToText if family in _COMPOSITES else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager" if family in _EAGER else "sdpa")
-    if dtype == torch.float64 and family in (*MOE_TYPES, *_MIXTURES):
+    if dtype == torch.float64 and family in (*MOE_TYPES, *_MIXTURES, *LATENT_TYPES):
         model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

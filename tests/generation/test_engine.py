@@ -16,7 +16,7 @@ from loraloom.generation.request import RequestError, Share
 from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
 from loraloom.generation.sampling import JsonConstraint, choose_tokens
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.host.decoding import Decoding
+from loraloom.host.decoding import Decoding, TokenStates
 from tests.generation.asking import TEXTS, alone, answers, finish, request, submit
 from tests.generation.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host
@@ -371,11 +371,13 @@ def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows():
     for _ in range(300):
         branches = [generator.randrange(2) for _ in range(generator.randrange(1, 6))]
         prompt = [branch for branch in branches for _ in range(BLOCK_TOKENS)]
-        states = torch.tensor(prompt).view(1, 1, 1, -1, 1)  # [layers, 2, heads, L, head_dim]
-        session.states.side_effect = lambda _, start, stop, of=states: of[..., start:stop, :]
+        states = torch.tensor(prompt).unsqueeze(1)
+        session.states.side_effect = lambda _, start, stop, of=states: TokenStates(
+            of[start:stop], [(1, 1)]
+        )
         held = cache.find(None, [*prompt, 7])
-        assert held is None or torch.equal(held, states[..., : held.shape[3], :])
+        assert held is None or torch.equal(held.values, states[: len(held.values)])
         if generator.random() < 0.7:
             cache.remember(session, 0, None, prompt)
-            assert torch.equal(cache.find(None, [*prompt, 7]), states)
+            assert torch.equal(cache.find(None, [*prompt, 7]).values, states)
         cache.shrink(generator.randrange(3, 9) * BLOCK_TOKENS)

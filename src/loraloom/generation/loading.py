@@ -64,7 +64,7 @@ def default_cache_tokens(host: Host, max_rows: int) -> int:
     else:
         free = available_memory()
     session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
-    affordable = int(free * 0.25) // session.states(0, 0, 1).nbytes
+    affordable = int(free * 0.25) // session.states(0, 0, 1).values.nbytes
     affordable -= max_rows * SPARE_TOKENS
     if affordable < max_rows:
         raise ConfigError("a quarter of free memory is too small for the cache; lower --max-rows")

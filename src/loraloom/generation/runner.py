@@ -9,14 +9,13 @@ from itertools import count, takewhile
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from loraloom.adapters.contract import Adapter
 from loraloom.base.structure import keeps_running_states
 from loraloom.errors import not_finite
 from loraloom.generation.request import Row, log_failure
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.host.decoding import Decoding
+from loraloom.host.decoding import Decoding, TokenStates
 from loraloom.host.forward import Record
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, name_and_scale
@@ -37,21 +36,21 @@ class PrefixCache:
     # that go on from it, so that a block is never held without those before it.
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._blocks: OrderedDict[bytes, TokenStates] = OrderedDict()
 
     @property
     def num_tokens(self) -> int:
         return len(self._blocks) * BLOCK_TOKENS
 
-    def find(self, salt: Hashable, tokens: Sequence[int]) -> Tensor | None:
-        """Return the known first tokens' states but the last's, [layers, 2, heads, L, head_dim]."""
+    def find(self, salt: Hashable, tokens: Sequence[int]) -> TokenStates | None:
+        """Return the known first tokens' states but the last's."""
         # The last is left out in any case: reading it gives the next one's logits.
         keys = [key for key, _ in _keys(salt, tokens[:-1])]
         held = list(takewhile(self._blocks.__contains__, keys))
         if not held:
             return None
         self._use(held)
-        return torch.cat([self._blocks[key] for key in held], dim=3)
+        return TokenStates.join([self._blocks[key] for key in held])
 
     def remember(
         self, session: Decoding, index: int, salt: Hashable, tokens: Sequence[int]
@@ -61,7 +60,7 @@ class PrefixCache:
         if not missing:
             return
         states = session.states(index, starts[missing[0]], starts[missing[-1]] + BLOCK_TOKENS)
-        blocks = [block.clone() for block in states.split(BLOCK_TOKENS, dim=3)]
+        blocks = states.split(BLOCK_TOKENS)
         # all or none, and at once in their order: memory may run out above
         self._blocks.update(zip(missing, blocks, strict=True))
         self._use([*starts])
@@ -127,7 +126,7 @@ class Runner:
         states = self.prefixes.find(row.salt, row.tokens)
         if states is not None:
             row.session = Decoding.resume(row.request.adapter, states, self.prepared)
-            row.num_read = row.num_known = states.shape[3]
+            row.num_read = row.num_known = len(states.values)
 
     def _score(self, row: Row, start: int) -> None:
         assert row.session is not None

@@ -9,8 +9,8 @@ tokens. Which tokens are real is known on the CPU, so that no step asks the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,33 @@ def _is_running(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
+@dataclass(frozen=True)
+class TokenStates:
+    """Keys and values of some tokens of a row, of all attention layers."""
+
+    values: Tensor  # side by side, [N, features of all]
+    shapes: Sequence[tuple[int, int]]  # heads and head_dim of a layer's keys, and of its values
+
+    @staticmethod
+    def join(parts: Sequence[TokenStates]) -> TokenStates:
+        return replace(parts[0], values=torch.cat([part.values for part in parts]))
+
+    def split(self, num_tokens: int) -> list[TokenStates]:
+        """Copy the states of so many tokens each."""
+        parts = self.values.split(num_tokens)
+        return [replace(self, values=part.clone()) for part in parts]
+
+    def by_layer(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys and values of each layer, [1, heads, N, head_dim]."""
+        widths = [heads * head_dim for heads, head_dim in self.shapes]
+        columns = self.values.split(widths, dim=1)
+        states = [
+            values.unflatten(1, shape).transpose(0, 1).unsqueeze(0)
+            for values, shape in zip(columns, self.shapes, strict=True)
+        ]
+        yield from zip(states[0::2], states[1::2], strict=True)
+
+
 @dataclass
 class Decoding:
     """Rows that are being continued; made by `Host.prefill`. Weights must not change meanwhile."""
@@ -122,25 +149,29 @@ class Decoding:
     hidden_states: Tensor = field(init=False)  # of the tokens that were read last, [B, L, D]
 
     @classmethod
-    def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
+    def resume(
+        cls, adapter: RowAdapter, states: TokenStates, prepared: PreparedWeights
+    ) -> Decoding:
         """Make a session of one row, without logits, from what `states` took out of another."""
-        mask = torch.ones(1, states.shape[3], dtype=torch.long)
+        mask = torch.ones(1, len(states.values), dtype=torch.long)
         session = cls([adapter], mask, make_cache(None), prepared)
-        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
+        for layer, (keys, values) in enumerate(states.by_layer()):
             session.cache.update(keys, values, layer)
         return session
 
-    def states(self, row: int, start: int, stop: int) -> Tensor:
-        """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim]."""
+    def states(self, row: int, start: int, stop: int) -> TokenStates:
+        """Copy keys and values of a row's tokens, in attention layers."""
         padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
         columns = slice(padding + start, padding + stop)
-        pairs = []
+        by_token = []
+        shapes = []
         for layer in self.cache.layers:
             if not _is_running(layer):
-                keys = layer.keys[row, :, columns]
-                values = layer.values[row, :, columns]
-                pairs.append(torch.stack([keys, values]))
-        return torch.stack(pairs)
+                for room in (layer.keys, layer.values):
+                    states = room[row, :, columns].transpose(0, 1)  # (N, heads, head_dim)
+                    by_token.append(states.flatten(1))
+                    shapes.append((states.shape[1], states.shape[2]))
+        return TokenStates(torch.cat(by_token, dim=1), shapes)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other rows; those that stay take this order."""

@@ -85,13 +85,16 @@ class ForwardContext:
         )
 
     def updates(
-        self, site: ProjectionSite, hidden_states: Tensor, dtype: torch.dtype
+        self, site: ProjectionSite, layout: Layout, hidden_states: Tensor, dtype: torch.dtype
     ) -> Sequence[tuple[Tensor | None, UpProjection | None]]:
-        """Return what each segment's B multiplies, [T, S], and its B side; None: not adapted."""
+        """Return what each segment's B multiplies, [T, S], and its B side; None: not adapted.
+
+        The layout is that of the projection's input.
+        """
         key = (site.block, site.group, dtype)
         inputs, products = self._shared.get(key, (None, []))
         if inputs is not hidden_states:
-            segments = zip(self.layout.segments, self.layout.split(hidden_states), strict=True)
+            segments = zip(layout.segments, layout.split(hidden_states), strict=True)
             products = [self._product(site, *segment, dtype) for segment in segments]
             self._shared.clear()
             self._shared[key] = (hidden_states, products)

@@ -12,9 +12,11 @@ finds the others, which ignore positions, or keep states that samples would shar
 a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, islice, pairwise, repeat
 from typing import Any
 
@@ -92,6 +94,34 @@ class Segment:
     def num_tokens(self) -> int:
         return self.tokens.stop - self.tokens.start
 
+    def behind_cache(self, length: int, device: torch.device) -> Segment:
+        """Describe the rows with tokens of a cache in front, `length` tokens each in all.
+
+        Records and random numbers remain those of the forward's tokens.
+        """
+
+        def move(positions: Tensor) -> Tensor:
+            rows = positions // self.row_length
+            return positions + (rows + 1) * (length - self.row_length)
+
+        real_index = self.real_index
+        if real_index is None:
+            real_index = torch.arange(self.num_tokens, device=device)
+        spans = None
+        if self.spans is not None:
+            places = torch.arange(self.num_tokens)
+            spans = tuple(SampleSpan(s.key, move(places[s.tokens])) for s in self.spans)
+        start = self.tokens.start // self.row_length * length
+        stop = self.tokens.stop // self.row_length * length
+        return Segment(
+            row=self.row,
+            tokens=slice(start, stop),
+            real=None,
+            real_index=move(real_index),
+            spans=spans,
+            row_length=length,
+        )
+
 
 def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
     """List the rows that an adapter's record is of, in the record's order."""
@@ -131,6 +161,19 @@ class Layout:
             if segment.row and segment.row[0].name == adapter_name and segment.spans is not None:
                 samples += [SampleTokens(span.num_tokens) for span in segment.spans]
         return samples or None
+
+    def of_input(self, values: Tensor) -> Layout:
+        """Return the layout of a projection's input, [B, ..., N].
+
+        Latent attention projects all tokens of its cache in each step.
+        """
+        first = self.segments[0]
+        num_rows = self.segments[-1].tokens.stop // first.row_length
+        length = values.numel() // values.shape[-1] // num_rows
+        if length == first.row_length:
+            return self
+        segments = [segment.behind_cache(length, values.device) for segment in self.segments]
+        return replace(self, segments=tuple(segments))
 
     def by_row(self, values: Tensor) -> Tensor:
         """See [B, L, N] or tokens one behind another, [B·L, N], as [B, L, N]."""

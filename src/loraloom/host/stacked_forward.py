@@ -141,7 +141,7 @@ class StackedForward:
         key = (site.block, site.group)
         if self._shared[0] is hidden_states and self._shared[1] == key:
             return self._shared[2]
-        rows = hidden_states.view(-1, hidden_states.shape[-1]).to(dtype)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
         updates = []
         for cohort in self._plan.cohorts:
             stack = cohort.part(site.block, site.group)

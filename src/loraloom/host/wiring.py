@@ -27,7 +27,7 @@ from loraloom.errors import ModelError
 from loraloom.host.experts_block import ExpertsBlock
 from loraloom.host.extra_modules import own_outputs
 from loraloom.host.forward import ForwardContext, current_forward, running
-from loraloom.host.layout import Segment
+from loraloom.host.layout import Layout, Segment
 from loraloom.host.prepared_weights import ProjectionSite, outside_autocast
 from loraloom.host.stacked_forward import cut_rows, join_rows
 from loraloom.ops.dropout import Site
@@ -77,17 +77,20 @@ class AttentionProjection:
             )
         if len(module._forward_hooks) > 1:  # others' hooks may need it as it is
             output = output.clone()
+        layout = forward.layout.of_input(args[0])
         with outside_autocast(output):
-            if forward.stacked is not None:
+            # A stacked plan is made for rows of the forward's tokens alone.
+            if forward.stacked is not None and layout is forward.layout:
                 return forward.stacked.project(self.site, args[0], output, module)
-            return self._adapted(forward, args[0], output)
+            return self._adapted(forward, layout, args[0], output)
 
-    def _adapted(self, forward: ForwardContext, hidden_states: Tensor, output: Tensor) -> Tensor:
-        updates = forward.updates(self.site, hidden_states, output.dtype)
+    def _adapted(
+        self, forward: ForwardContext, layout: Layout, hidden_states: Tensor, output: Tensor
+    ) -> Tensor:
+        updates = forward.updates(self.site, layout, hidden_states, output.dtype)
         adapted = [side for _, side in updates if side is not None]
         if not adapted:
             return output
-        layout = forward.layout
         if layout.row_order is not None or any(side.row_scale is not None for side in adapted):
             rows = []
             for tokens, (rank_input, side) in zip(layout.split(output), updates, strict=True):
