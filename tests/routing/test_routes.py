@@ -1,9 +1,12 @@
 """What routes have in common; tests/parity holds each to its rule in whole models."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.ops.dropout import SampleNoise, SampleSpan
@@ -77,6 +80,38 @@ def test_an_expert_takes_the_first_tokens_of_each_sample():
     expected = [False, False, False, True, False, False, False, False]
     assert tokens.beyond_capacity(selected[:, None], 2).flatten().tolist() == expected
     assert tokens.beyond_capacity(selected[:, None], 1).sum() == 3
+
+
+def test_capacity_counts_as_a_loop_over_tokens_does():
+    selected = torch.randint(3, (40, 1), generator=torch.Generator().manual_seed(0))
+    spans = [SampleSpan(0, slice(0, 25)), SampleSpan(1, torch.tensor([26, 30, 31, 39]))]
+    tokens = SegmentTokens(0, noise=SampleNoise(spans, 40, 0, torch.device("cpu")))
+    expected = torch.zeros(40, 1, dtype=torch.bool)
+    for span in spans:
+        counts = Counter[int]()
+        for position in torch.arange(40)[span.tokens].tolist():
+            counts[int(selected[position])] += 1
+            expected[position] = counts[int(selected[position])] > 2
+    beyond = tokens.beyond_capacity(selected, 2)
+    assert beyond is not None
+    assert torch.equal(beyond, expected)
+
+
+def test_memory_of_capacity_grows_with_the_tokens():
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            leaves = output if isinstance(output, tuple) else (output,)
+            sizes.extend(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
+            return output
+
+    selected = torch.arange(1000).remainder(3).unsqueeze(1)
+    noise = SampleNoise([SampleSpan(0, slice(0, 1000))], 1000, 0, torch.device("cpu"))
+    with Sizes():
+        SegmentTokens(0, noise=noise).beyond_capacity(selected, 2)
+    assert max(sizes) == 1000
 
 
 def test_extreme_logits_do_not_overflow():

@@ -56,9 +56,16 @@ class SegmentTokens:
         beyond = torch.zeros_like(selected_experts, dtype=torch.bool)
         for span in self.noise.spans:
             selected = selected_experts[span.tokens]  # (t, 1)
-            is_same = selected == selected.T
-            beyond[span.tokens] = is_same.tril().sum(1, keepdim=True) > capacity
+            beyond[span.tokens] = count_earlier(selected.squeeze(1)).unsqueeze(1) >= capacity
         return beyond
+
+
+def count_earlier(selected_experts: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
+    """Count the tokens before each token that selected its expert."""
+    by_expert, order = selected_experts.sort(stable=True)
+    ranks = torch.arange(len(order), device=order.device)
+    starts = torch.searchsorted(by_expert, by_expert)  # where each expert's tokens begin
+    return torch.empty_like(order).scatter_(0, order, ranks - starts)
 
 
 @dataclass(frozen=True)
