@@ -20,6 +20,7 @@ ROWS = [
     ({"input": "sky #?", "output": "blue"}, {"template": "plain"}),
     ({"input": "sky?", "context": "# rains", "output": "gray"}, {"template": "plain"}),
     ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
+    ({"question": TURNS[:1], "completion": TURNS[1:]}, {"fields": {"prompt": "question"}}),
     ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),
     ({"prompt": "sky #?", "chosen": " blue", "rejected": " no"}, {"fields": None}),
 ]
@@ -41,7 +42,11 @@ def init(saved, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("row", "settings"), ROWS, ids=lambda one: next(iter(one)))
 def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
     rows = [json.loads(json.dumps(row).replace("#", str(n))) for n in range(12)]
-    words = ["--chat-template", TEMPLATE] if "messages" in row else []
+    words = (
+        ["--chat-template", TEMPLATE]
+        if TURNS[0] in row.get("messages", row.get("question", []))
+        else []
+    )
     said = init(write_rows(tmp_path / "my rows.jsonl", *rows), *words)
     assert re.search(r"row 1.*: \d+ tokens, \d+ in the loss\n", said)
     assert "\n12 rows of " in said
@@ -106,6 +111,29 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
     assert not (tmp_path / "run.yaml").exists()
     init(write_rows(tmp_path / "rows.jsonl", *rows), "--on-empty", "skip")
     assert load_run_config("run.yaml").jobs[0].data.on_empty == "skip"
+
+
+def test_a_template_that_drops_tools_is_replaced_by_hermes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for directory in ("other", "chatml"):
+        tiny_model(vocab_size=302).save_pretrained(directory)
+    tokenizer.save_pretrained("other")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained("chatml")
+    row = {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "look"}}]}
+    file = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS}, row)
+    assert main(["init", file, "--base-model", "chatml"]) == 0
+    note = "chat template: hermes, because the base model's template drops tools"
+    assert note in capsys.readouterr().out
+    assert load_run_config("run.yaml").jobs[0].data.chat_template == "hermes"
+    words = ["--output", "b.yaml", "--chat-template", TEMPLATE]
+    assert main(["init", file, "--base-model", "chatml", *words]) == 2
+    error = "line 2: the chat template drops the tools; set chat_template: hermes"
+    assert error in capsys.readouterr().err
+    assert main(["init", file, "--base-model", "other", "--output", "b.yaml"]) == 2
+    assert "drops the tools; set another chat_template" in capsys.readouterr().err
 
 
 def test_choice_questions_need_a_task_file(init, tmp_path):

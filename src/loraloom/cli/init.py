@@ -5,6 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
-from loraloom.data.templates import compile_template, render
+from loraloom.data.templates import HERMES, compile_template, render
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console, show_progress
@@ -62,7 +63,8 @@ def init(
         base_model: Hub ID, directory or .gguf file of the base model.
         row_format: Format of the rows, if their columns have unusual names.
         column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
-        chat_template: Jinja text or file for conversations, if the base model has none.
+        chat_template: Chat template for conversations: a Jinja text, a file, or hermes for ChatML
+            with tools. Default: the base model's, or hermes if that template drops tools.
         on_empty: Skip rows with an empty answer, or report an error (the default).
         expert_share: Adapt the experts of a mixture-of-experts base model, and only those that
             compute this share of the rows' tokens in each layer: 0.5, for example. The base model
@@ -87,6 +89,10 @@ def init(
     tokenizer = load_tokenizer(base_model)
     max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
     encoder = SourceEncoder(checked(SourceConfig, data), tokenizer, max_length)
+    if chat_template is None and _drops_tools(encoder):
+        data["chat_template"] = HERMES
+        encoder = replace(encoder, config=checked(SourceConfig, data))
+        console.print(f"chat template: {HERMES}, because the base model's template drops tools")
     encoded = encoder.load("train")
     sizes = _measure(encoded, encoder.max_length)
     targets = {}
@@ -118,6 +124,14 @@ def _choose_columns(
     console.print(plain(f"columns: {used}"))
     console.print(plain(f"not used: {unused or 'none'}"))
     return row_format, columns
+
+
+def _drops_tools(encoder: SourceEncoder) -> bool:
+    """Whether the base model's chat template drops tools that `hermes` would write."""
+    if encoder.config.format not in ("chat", "preference"):
+        return False
+    _, encoded = encoder.read("train")
+    return any(row.drops_tools for row in encoded)
 
 
 def _busiest_experts(
@@ -211,9 +225,12 @@ def find_columns(
         if 2 * count >= len(rows) or name in _RARE:
             usual[name.strip().lower()] = name
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
-    row_formats: list[Any] = [name for name in names if name in formats]
-    for row_format in row_formats:
-        roles: dict[str, list[str]] = formats[row_format]
+    layouts: list[str] = []
+    for name in names:
+        layouts += [layout for layout in (name, f"{name} completions") if layout in formats]
+    for layout in layouts:
+        row_format: Any = layout.removesuffix(" completions")
+        roles: dict[str, list[str]] = formats[layout]
         columns = {**fields}
         for role in roles:
             matches = [usual[name] for name in roles[role] if name in usual]
@@ -222,16 +239,26 @@ def find_columns(
                 columns[role] = free[0]
         if not roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
             continue
+        if "completion" in columns and not _has_messages(rows, columns["completion"]):
+            continue
         if row_format == "choices":
             raise ConfigError(
                 f"{file} has choices. Name a task, or write a task file: see docs/result_files.md"
             )
         return row_format, columns
-    required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
+    required = [f"\n  {name}: {', '.join(formats[name])}" for name in layouts]
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
         f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
+
+
+def _has_messages(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column contains lists of messages, or their JSON, as CSV has it."""
+    value = next((row[column] for row in rows if row.get(column)), None)
+    if isinstance(value, str):
+        return value.lstrip().startswith("[{")
+    return isinstance(value, list)
 
 
 def infer_source(

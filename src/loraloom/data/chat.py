@@ -1,6 +1,7 @@
 """Conversations, as data sets have them and as a model learns them.
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", ...}]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 
 An answer is learned after just the text that asks for it. Where a template writes it differently
@@ -10,7 +11,7 @@ once more turns follow (without its reasoning, say), a conversation is learned i
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,12 +19,21 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.fields import did_you_mean
 from loraloom.config.text import parse_json
 from loraloom.data.sources import Row, without_nulls
-from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
+from loraloom.data.templates import (
+    HERMES,
+    ChatTemplate,
+    Conversation,
+    Marked,
+    Message,
+    accepts_hermes,
+)
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
 # What a template may leave out, a conversation with it and one without.
 _Omission = tuple[str, Conversation, Conversation]
+# What `omitted_tools` names.
+_TOOL_NAMES = ("the tools", "the tool_calls")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USUAL_COLUMNS = ("messages", "conversations", "conversation")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -50,10 +60,23 @@ _SHAREGPT_ROLES = {
 }
 
 
+class DroppedToolsError(DataError):
+    """A chat template drops tools that the built-in template would write."""
+
+
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Read a row's messages, or the messages of its prompt and its completion."""
     names = columns or {}
-    default = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), "messages")
-    messages = read_messages(row, names.get("messages") or default)
+    usual = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), None)
+    field = names.get("messages") or usual
+    completion = names.get("completion", "completion")
+    prompt: list[Message] = []
+    if field is None and row.get(completion) is not None:
+        prompt = read_messages(row, names.get("prompt", "prompt"))
+        messages = prompt + read_messages(row, completion)
+    else:
+        messages = read_messages(row, field or "messages")
+    num_read = len(messages)
     system = names.get("system", "system")
     if row.get(system):
         message = {"role": "system", "content": row.text(system)}
@@ -62,7 +85,23 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
             messages.insert(0, message)
         elif first["content"] != message["content"]:
             row.reject(f"a system message must be in field {system!r} or in the messages")
-    return Conversation(messages, read_tools(row, names.get("tools", "tools")))
+    return Conversation(
+        messages,
+        read_tools(row, names.get("tools", "tools")),
+        read_template_variables(row),
+        first_learned=len(prompt) + len(messages) - num_read if prompt else 0,
+    )
+
+
+def read_template_variables(row: Row) -> dict[str, Any] | None:
+    """The variables that a row passes to its chat template, as trl names their column."""
+    field = "chat_template_kwargs"
+    variables = _parse(row, f"field {field!r}", row.get(field))
+    if not variables:
+        return None
+    if not isinstance(variables, Mapping):
+        row.reject(f"field {field!r} must be an object, got {type(variables).__name__}")
+    return dict(variables)
 
 
 def read_messages(row: Row, field: str) -> list[Message]:
@@ -198,7 +237,7 @@ def learn_answers(
         for name, with_it, without in _omissions(conversation, first):
             with suppress(TemplateError):
                 if template.render(with_it) == template.render(without):
-                    row.reject(f"the chat template drops {name}; set another chat_template")
+                    _reject_dropped(template, row, name)
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
@@ -206,6 +245,15 @@ def learn_answers(
     except TemplateError as error:
         row.reject(f"the chat template rejects the row: {error}; change the row or chat_template")
     return [_learn_spans(template.tokenizer, text) for text in texts]
+
+
+def _reject_dropped(template: ChatTemplate, row: Row, name: str) -> NoReturn:
+    """Raise an error that names the built-in template with tools, where it can help."""
+    is_of_tools = name.startswith(_TOOL_NAMES)
+    if not (is_of_tools and accepts_hermes(template.tokenizer)):
+        row.reject(f"the chat template drops {name}; set another chat_template")
+    reason = f"the chat template drops {name}"
+    raise DroppedToolsError(f"{row.origin}: {reason}; set chat_template: {HERMES}")
 
 
 def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: int) -> Marked:

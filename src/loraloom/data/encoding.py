@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, tokens
-from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
+from loraloom.data.chat import (
+    DroppedToolsError,
+    learn_answers,
+    read_conversation,
+    read_messages,
+    read_template_variables,
+    read_tools,
+)
 from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation, Message
@@ -112,7 +119,9 @@ class SourceEncoder:
         data_format = self.config.format or "text"
         if data_format == "chat":
             chat = read_conversation(row, self.config.fields)
-            messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
+            messages = chat.messages[: chat.first_learned]
+            if not messages:
+                messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
             return {"content": tuple(messages), "tools": chat.tools}
         if data_format == "preference":
             messages = _messages_before_answers(row, columns)
@@ -191,7 +200,9 @@ class SourceEncoder:
         pieces: list[Example] = []
         is_cut = False
         conversation = read_conversation(row, self.config.fields)
-        for text in learn_answers(self._chat_template, row, conversation):
+        for text in learn_answers(
+            self._chat_template, row, conversation, conversation.first_learned
+        ):
             fitted = tokens.fit(text, self._start, self.max_length)
             pieces += fitted.pieces
             is_cut |= fitted.is_cut or not fitted.pieces
@@ -212,9 +223,10 @@ class SourceEncoder:
         elif chosen == rejected:
             row.reject("chosen and rejected are the same; remove the row, or name its prompt")
         tools = read_tools(row, "tools")
+        variables = read_template_variables(row)
         learned: list[Example] = []
         for messages in (chosen, rejected):
-            conversation = Conversation(messages, tools)
+            conversation = Conversation(messages, tools, variables)
             texts = learn_answers(self._chat_template, row, conversation, first)
             if len(texts) > 1:
                 row.reject(
@@ -290,7 +302,8 @@ def _encode_each(
             if fault == str(error):
                 raise
             is_empty = isinstance(error, EmptyAnswerError)
-            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty)
+            drops_tools = isinstance(error, DroppedToolsError)
+            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty, drops_tools=drops_tools)
     encoded = iter(encode(items))
     return [faulty.get(index) or next(encoded) for index in range(len(rows))]
 

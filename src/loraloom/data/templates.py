@@ -41,10 +41,12 @@ _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pat
 
 
 class Conversation(NamedTuple):
-    """Messages, and the tools that they may call."""
+    """Messages, the tools that they may call, and how they are rendered and learned."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None  # of the chat template, besides those
+    first_learned: int = 0  # the message from which on answers are learned
 
     def until(self, index: int) -> Conversation:
         return self._replace(messages=self.messages[:index])
@@ -160,9 +162,10 @@ class ChatTemplate:
             else message
             for message in conversation.messages
         ]
+        variables = {**self._fields, **(conversation.variables or {})}
         with _RENDERING, template_errors():
             text, marks = chat_template_utils._render_with_assistant_indices(
-                template, messages, tools, None, for_answer, **self._fields
+                template, messages, tools, None, for_answer, **variables
             )
             # half of a surrogate pair, which no tokenizer reads, fails here
             text.encode()
@@ -194,11 +197,15 @@ class ChatTemplate:
         return compile_template(self.source(tools), "the chat template", read)
 
 
+def accepts_hermes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return {*_CHATML} <= tokenizer.get_vocab().keys()
+
+
 def given_source(
     tokenizer: PreTrainedTokenizerBase, template: str, setting: str = "chat_template"
 ) -> str:
     if template == HERMES:
-        if not {*_CHATML} <= tokenizer.get_vocab().keys():
+        if not accepts_hermes(tokenizer):
             raise DataError(
                 f"the template {HERMES} requires a tokenizer with the tokens "
                 f"{' and '.join(_CHATML)}; write a template with the base model's own turns"
