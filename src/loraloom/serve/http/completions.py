@@ -45,7 +45,7 @@ class ChatExchange(Exchange):
         choice = await self.choose(encode, adapter, owner)
         form = form_for(host, choice.adapter, tool_form)
         ids, turn_end = await self.prepare(encode_prompt, tokenizer, prompt, form)
-        self.num_prompt = len(ids)
+        self.usage.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
@@ -126,7 +126,7 @@ class TextExchange(Exchange):
                 makes_tokens=body.max_tokens > 0,
             )
             requests += self.several(request, body.max_tokens)
-        self.num_prompt = sum(map(len, self._prompts))
+        self.usage.num_prompt = sum(map(len, self._prompts))
         return requests
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
