@@ -74,7 +74,7 @@ class _Schema:
             yield from self.parts(part, f"{path}.{name}".lstrip("."), within)
 
 
-def large_bodies(model: type[BaseModel], num_bytes: int, **fields: str) -> Iterator[LargeBody]:
+def large_bodies(model: type[BaseModel], num_bytes: int, /, **fields: str) -> Iterator[LargeBody]:
     """Yield bodies whose parts, each in turn, are wide, deep, long, wrong or repeated."""
     schema = _Schema(model)
     names = set()
@@ -84,7 +84,10 @@ def large_bodies(model: type[BaseModel], num_bytes: int, **fields: str) -> Itera
             fillings["valid elements"] = _repeat(schema.value(part.schema["items"]), num_bytes)
         body = part.around("FILLING")
         if isinstance(body, dict):
-            body = {**body, **{name: value for name, value in fields.items() if body[name] == "a"}}
+            body = {
+                **body,
+                **{name: value for name, value in fields.items() if body.get(name) == "a"},
+            }
         content = json.dumps(body, separators=(",", ":")).encode()
         for name, filling in fillings.items():
             title = f"{part.path}: {name}"

@@ -114,8 +114,12 @@ def test_several_answers_are_streamed_side_by_side(client, tools):
     settings: Any = {"n": 3, "temperature": 1.0, "seed": 1, "tools": tools}
     whole = chat(client, **settings)
     texts = ["", "", ""]
+    num_chunks = 0
     for chunk in chat(client, **settings, stream=True):
-        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        text = chunk.choices[0].delta.content or ""
+        texts[chunk.choices[0].index] += text
+        num_chunks += bool(text)
+    assert num_chunks > 2 * len(texts)
     assert texts == [choice.message.content for choice in whole.choices]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from loraloom.serve.http.completions import chat_prompt
 from loraloom.serve.http.schemas import ChatBody
-from loraloom.serve.http.tools import parse_calls
+from loraloom.serve.http.tools import find_settled, parse_calls
 
 NAMES = {
     "paint": {
@@ -78,6 +78,31 @@ def test_calls_are_found_in_the_notations_of_families(text):
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
 def test_what_is_no_call_stays_text(text):
     assert parse_calls(text, NAMES) == (text, [])
+
+
+def streamed(text, tools):
+    """The parts of an answer that are sent before its end, when each character is a chunk."""
+    parts = []
+    start = 0
+    for end in range(1, len(text) + 1):
+        settled = find_settled(text[:end], start, tools)
+        parts.append(text[start:settled])
+        start = settled
+    return [part for part in parts if part]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_no_part_of_a_call_is_streamed(text):
+    content, _ = WRITTEN[text]
+    assert content.startswith("".join(streamed(text, NAMES)).lstrip())
+
+
+def test_text_next_to_tools_is_streamed_as_it_comes():
+    text = "The sky is blue < green, [1] says. <tool is no call."
+    parts = streamed(text, NAMES)
+    assert "".join(parts) == text
+    assert len(parts) > 30
+    assert "".join(streamed("Gladly. <tool_call>{", NAMES)) == "Gladly."
 
 
 def test_spaces_in_an_open_call_cost_no_more_than_letters():

@@ -15,7 +15,7 @@ from loraloom.host.layout import RowAdapter
 from loraloom.serve.http.exchange import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
-from loraloom.serve.http.tools import parse_calls
+from loraloom.serve.http.tools import find_settled, parse_calls
 
 
 class ChatExchange(Exchange):
@@ -28,7 +28,8 @@ class ChatExchange(Exchange):
         super().__init__(backend, body, http)
         functions = [tool["function"] for tool in body.callable_tools]
         self._tools = {function["name"]: function.get("parameters") for function in functions}
-        self._held = [""] * body.n  # texts that may become calls
+        self._texts = [""] * body.n  # where calls are looked for
+        self._num_sent = [0] * body.n  # characters of them
 
     @override
     def grammar(self) -> str | None:
@@ -45,7 +46,7 @@ class ChatExchange(Exchange):
         choice = await self.choose(encode, adapter, owner)
         form = form_for(host, choice.adapter, tool_form)
         ids, turn_end = await self.prepare(encode_prompt, tokenizer, prompt, form)
-        self.num_prompt = len(ids)
+        self.usage.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
@@ -63,10 +64,7 @@ class ChatExchange(Exchange):
         reason = piece.finish_reason
         calls: list[Function] = []
         if self._tools:
-            self._held[index] += text
-            text = ""
-            if reason is not None:
-                text, calls = parse_calls(self._held[index], self._tools)
+            text, calls = self._take_text(index, piece)
         delta: dict[str, Any] = {} if index in self._told else {"role": "assistant"}
         if text or not calls:
             delta["content"] = text
@@ -81,6 +79,20 @@ class ChatExchange(Exchange):
                 entries.append({**self._entry(token, log_prob), "top_logprobs": likeliest})
             choice["logprobs"] = {"content": entries}
         return choice | self.told(index, piece)
+
+    def _take_text(self, index: int, piece: Piece) -> tuple[str, list[Function]]:
+        """Take the text that begins no call, and at the end all that is left, and the calls."""
+        self._texts[index] += piece.text
+        text = self._texts[index]
+        start = self._num_sent[index]
+        if piece.finish_reason is None:
+            end = find_settled(text, start, self._tools)
+            self._num_sent[index] = end
+            return text[start:end], []
+        content, calls = parse_calls(text, self._tools)
+        # around calls, spaces are dropped
+        sent = text[:start].lstrip() if calls else text[:start]
+        return content[len(sent) :], calls
 
     def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
         text = self.backend.token_text(token)
@@ -126,7 +138,7 @@ class TextExchange(Exchange):
                 makes_tokens=body.max_tokens > 0,
             )
             requests += self.several(request, body.max_tokens)
-        self.num_prompt = sum(map(len, self._prompts))
+        self.usage.num_prompt = sum(map(len, self._prompts))
         return requests
 
     def _encode(self, prompt: str | list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
@@ -42,6 +43,7 @@ from loraloom.serve.process import run_apart
 # Seconds without an event after which a stream sends a comment, as proxies end what is silent.
 COMMENT_S = 15.0
 _Value = TypeVar("_Value")
+_Queue = asyncio.Queue[tuple[int, Piece | Exception]]
 
 
 @dataclass
@@ -133,6 +135,21 @@ def _weighted(model: str, base_name: str) -> Weighted:
     return weighted
 
 
+@dataclass
+class Usage:
+    """Tokens of a request, which its scope holds without the request itself."""
+
+    num_prompt: int = 0
+    num_new: int = 0
+
+    def as_fields(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_new,
+            "total_tokens": self.num_prompt + self.num_new,
+        }
+
+
 class Exchange(ABC):
     """A request for completions, and its answers while they are made; they end with its client."""
 
@@ -144,19 +161,17 @@ class Exchange(ABC):
         names = backend.adapters.base_names
         # answers carry the base model's first name
         self.body = body.model_copy(update={"model": names[0]}) if body.model in names else body
-        self.num_prompt = 0
-        self._num_new = 0
+        self.usage = Usage()
         self._tenant: str = http.scope.get(TENANT, "")
         self._arrived_s = time.monotonic()
-        self._http = http
         http.scope[USAGE] = self.usage
         http.scope[MODEL] = body.model
         self._constraint: JsonConstraint | None = None
-        self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self._queue: _Queue = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
         # nothing else reads from the connection while the engine works
-        self._gone = asyncio.create_task(self._until_disconnected())
+        self._gone = asyncio.create_task(_until_disconnected(http.receive))
         self._gone.add_done_callback(self._cancel_rows)
 
     @abstractmethod
@@ -276,7 +291,7 @@ class Exchange(ABC):
         choices = []
         for index, finished in enumerate(answers):
             choices.append(await self.prepare(self.choice, index, finished))
-        content = {**frame, "choices": choices, "usage": self.usage()}
+        content = {**frame, "choices": choices, "usage": self.usage.as_fields()}
         return await self.prepare(JSONResponse, content)
 
     async def _ask(self) -> None:
@@ -286,19 +301,18 @@ class Exchange(ABC):
             self._constraint = await self.backend.grammars.compile(grammar, self._tenant)
         served, adapter = await self.backend.acquire(self.body.model, self._tenant)
         release = partial(self.backend.call, adapters.release, served)
+        # rows hold no exchange, which holds them
+        tell = partial(_tell, self.backend, self._queue)
         try:
             with self.backend.preparations.preparing(self._tenant):
                 requests = await self.requests(adapter, served.name)
             for index, request in enumerate(requests):
-                self._rows.append(engine.submit(request, partial(self._tell, index), release))
+                self._rows.append(engine.submit(request, partial(tell, index), release))
                 served.num_users += 1  # each row lets it go once
         finally:
             adapters.release(served)
         if self._gone.done():  # before there were rows that it could end
             self._cancel_rows(None)
-
-    def _tell(self, index: int, event: Piece | Exception) -> None:  # in the engine's thread
-        self.backend.call(self._queue.put_nowait, (index, event))
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
         """Yield pieces of answers, and None after each COMMENT_S without one."""
@@ -313,7 +327,7 @@ class Exchange(ABC):
             if isinstance(event, Exception):
                 raise event
             num_open -= event.finish_reason is not None
-            self._num_new += event.num_tokens
+            self.usage.num_new += event.num_tokens
             yield index, event
 
     async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any] | None]:
@@ -327,26 +341,25 @@ class Exchange(ABC):
                 else:
                     yield {**frame, "choices": [self.chunk(index, piece)]}
             if has_usage:
-                yield {**frame, "choices": [], "usage": self.usage()}
+                yield {**frame, "choices": [], "usage": self.usage.as_fields()}
         finally:
             self._gone.cancel()
-
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.num_prompt,
-            "completion_tokens": self._num_new,
-            "total_tokens": self.num_prompt + self._num_new,
-        }
-
-    async def _until_disconnected(self) -> None:
-        while (await self._http.receive())["type"] != "http.disconnect":
-            pass
 
     def _cancel_rows(self, _: object) -> None:
         """End all that have not ended: the client has gone, or nobody listens any more."""
         for row in self._rows:
             row.is_cancelled = True
         self._queue.put_nowait((0, RequestError("the client has gone", "client_gone")))
+
+
+def _tell(backend: Backend, queue: _Queue, index: int, event: Piece | Exception) -> None:
+    """Pass an event of a completion on, from the engine's thread."""
+    backend.call(queue.put_nowait, (index, event))
+
+
+async def _until_disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def as_events(objects: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[str]:

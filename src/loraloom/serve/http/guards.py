@@ -33,7 +33,7 @@ LOADING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 MAX_BODY_BYTES = 2 << 20
 # Where a request's scope says with which key it came, as a hash.
 TENANT = "loraloom.tenant"
-# And what gives its tokens, if it asks for completions.
+# And its `Usage`, if it asks for completions.
 USAGE = "loraloom.usage"
 # And which model it names.
 MODEL = "loraloom.model"

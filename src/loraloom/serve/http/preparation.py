@@ -50,13 +50,17 @@ class Preparations:
 
     async def run(self, tenant: str, work: Callable[[], _Value]) -> _Value:
         """Do a piece of work in its turn, unless who waits for it is cancelled before."""
+        # a future in a local variable would keep its error, whose traceback keeps the variable
+        return await self._submit(tenant, work)
+
+    def _submit(self, tenant: str, work: Callable[[], _Value]) -> asyncio.Future[_Value]:
         future: Future[_Value] = Future()
         with self._lock:
             self._line.add(tenant, (work, future))
             if self._num_running < self._num_threads:
                 self._num_running += 1
                 start_apart(self._work)
-        return await asyncio.wrap_future(future)
+        return asyncio.wrap_future(future)
 
     def _work(self) -> None:
         """Do pieces of work until none is left whose tenant has no other under way."""
@@ -67,15 +71,22 @@ class Preparations:
                     self._num_running -= 1
                     return
                 tenant = idle[0]
-                work, future = piece = self._line.waiting[tenant][0]
+                piece = self._line.waiting[tenant][0]
                 self._line.remove(tenant, piece)
                 self._busy.add(tenant)
             start = time.perf_counter()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except BaseException as error:
-                    future.set_exception(error)
+            _do(*piece)
+            del piece  # before the thread waits for its turn
             with self._lock:
                 self._line.charge(tenant, time.perf_counter() - start)
                 self._busy.remove(tenant)
+
+
+def _do(work: Callable[[], Any], future: Future[Any]) -> None:
+    """Do a piece of work; its error keeps no variable that keeps the error."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+    del work, future

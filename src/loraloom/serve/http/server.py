@@ -115,7 +115,7 @@ class _AccessLog:
             if MODEL in scope:
                 details.append(f"model {shown(scope[MODEL])}")
             if USAGE in scope:
-                usage = scope[USAGE]()
+                usage = scope[USAGE].as_fields()
                 tokens = f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out"
                 details.append(tokens)
             request = f"{scope['method']} {path}"

@@ -22,6 +22,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import Functio
 Tools = Mapping[str, Any]
 _OPENING = "<tool_call>"
 _LISTING = "[TOOL_CALLS]"
+_PYTHON_TAG = "<|python_tag|>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 _FUNCTION = re.compile(r"<function=([^>\n]+)>")
@@ -46,6 +47,35 @@ def parse_calls(text: str, tools: Tools) -> tuple[str, list[Function]]:
     except (ValueError, RecursionError):
         return text, []
     return (content.strip(), calls) if calls else (text, [])
+
+
+def find_settled(text: str, start: int, tools: Tools) -> int:
+    """Find the end of the text after `start` that no call can begin in; spaces before one go."""
+    if start == 0 and _may_be_call(text.lstrip(), tools):
+        return 0
+    end = len(text)
+    for marker in (_OPENING, _LISTING):
+        index = text.find(marker, start)
+        if index < 0:
+            index = len(text) - _num_common(text[start:], marker)
+        end = min(end, index)
+    return start + len(text[start:end].rstrip())
+
+
+def _may_be_call(text: str, tools: Tools) -> bool:
+    """Whether a whole answer that begins like this may be a call without an opening marker."""
+    for start in ("{", "[", _PYTHON_TAG, *tools):
+        if text.startswith(start) or start.startswith(text):
+            return True
+    return False
+
+
+def _num_common(text: str, marker: str) -> int:
+    """Count the characters at the end of a text with which a marker begins."""
+    for size in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:size]):
+            return size
+    return 0
 
 
 def _read_values(text: str, tools: Tools) -> Iterator[Any]:
