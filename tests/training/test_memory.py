@@ -19,6 +19,7 @@ LORA = {"method": "lora", "rank": 8}
 MIXTURE = {"method": "mixlora", "rank": 8, "num_experts": 4}
 ON_BLOCKS = {**MIXTURE, "target_modules": ["attention", "moe"]}
 ON_EXPERTS = {**MIXTURE, "target_modules": ["attention", "experts"]}
+NOISE = {"dropout": 0.1, "router_jitter": 0.1}
 CHECKPOINTED = {"gradient_checkpointing": True}
 CASES = {
     "LoRA": ("llama", [LORA], {}),
@@ -30,6 +31,8 @@ CASES = {
     "eager attention": ("gpt_oss", [LORA], {}),
     "MoE": ("qwen3_moe", [LORA, ON_BLOCKS, ON_EXPERTS], {}),
     "MoE, checkpointed": ("qwen3_moe", [ON_EXPERTS], CHECKPOINTED),
+    "dropout": ("llama", [{**LORA, "dropout": 0.1}, {**MIXTURE, **NOISE}], {}),
+    "MoE, noise": ("qwen3_moe", [{**ON_EXPERTS, **NOISE, "rank": 3}], {}),
 }
 
 

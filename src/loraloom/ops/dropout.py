@@ -104,7 +104,9 @@ class SampleNoise:
     def _fill(
         self, values: Tensor, site: int | str, draw: Callable[[Tensor, torch.Generator], Tensor]
     ) -> Tensor:
-        generator = torch.Generator(device=self.device)
+        # Tensors without data take a generator of any device.
+        is_meta = self.device.type == "meta"
+        generator = torch.Generator(device="cpu" if is_meta else self.device)
         if isinstance(site, str):
             site = 1 << 32 | crc32(site.encode())
         for span in self.spans:

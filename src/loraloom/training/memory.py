@@ -198,10 +198,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return is_mask
     if func is aten._to_copy.default and torch.device(kwargs.get("device", "meta")).type == "cpu":
         return torch.full(source.shape, is_mask, dtype=kwargs.get("dtype", source.dtype))
-    if func is aten._grouped_mm.default:  # without data, it takes bfloat16 alone
-        rows, weights, *stops = args
-        return func(rows.bfloat16(), weights.bfloat16(), *stops, **kwargs).to(rows.dtype)
+    if func is aten._grouped_mm.default:
+        return _grouped_product(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _grouped_product(left: Tensor, right: Tensor, stops: Tensor) -> Tensor:
+    """Make the output of torch's grouped product, which without data takes bfloat16 alone.
+
+    Rows of groups times a matrix of each are [T, O]; sums over each group's rows are [G, O, I].
+    """
+    if left.dim() == 2 and right.dim() == 2:
+        return left.new_empty(len(stops), left.shape[0], right.shape[1])
+    return left.new_empty(left.shape[-2], right.shape[-1])
 
 
 @contextmanager
