@@ -8,7 +8,7 @@ import loraloom
 from loraloom.adapters import LoraConfig
 from loraloom.base.families import FAMILIES
 from loraloom.errors import ModelError
-from loraloom.host.trial import try_adapters
+from loraloom.host.trial import _Route, try_adapters
 from tests.tiny import METHODS, randomise, tiny_ids, tiny_model
 
 IDS = tiny_ids(2)
@@ -131,3 +131,31 @@ def test_norms_are_of_the_weights_as_they_are(family, how):
     fresh.model.load_state_dict(doubled)
     fresh.add("a", config).load_tensors(adapter.tensors())
     assert torch.equal(host(IDS, adapters=["a"] * 2).logits, fresh(IDS, adapters=["a"] * 2).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "seed"),
+    [
+        ("granitemoe", 2),
+        ("granitemoehybrid", 1),
+        ("phimoe", 11),
+        ("minimax_m2", 1),
+        ("gemma4_text", 9),
+    ],
+)
+def test_near_ties_of_a_bases_router_in_16_bits_are_no_fault(family, seed):
+    try_adapters(loraloom.attach(tiny_model(family, torch.bfloat16, seed=seed)))
+
+
+def test_routes_of_a_first_forward_are_held_in_pieces_of_later_ones():
+    route = _Route(num_rows=2)
+    index = torch.arange(12).view(12, 1)
+    assert route(nn.Identity(), (index, index, index.float()))[1] is index
+    other = index.flip(0)
+    for start, stop in ((0, 4), (4, 6), (0, 6)):
+        length = stop - start
+        rows = [other[:length], other[6 : 6 + length]]
+        _, held, weights = route(nn.Identity(), (*[torch.cat(rows)] * 2, torch.cat(rows).float()))
+        expected = torch.cat([index[start:stop], index[6 + start : 6 + stop]])
+        assert torch.equal(held, expected)
+        assert torch.equal(weights, expected.float())

@@ -3,7 +3,7 @@
 Axes: N states, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain, product
@@ -21,6 +21,7 @@ from loraloom.base.blocks import (
     BaseLayer,
     BaseProjection,
     Block,
+    BlockInfo,
     BlockKind,
     BlockProjection,
     InputGroups,
@@ -251,6 +252,15 @@ class _LayerReader:
 
     def _key(self, path: str, name: str) -> str:
         return f"layers.{self.index}.{path}.{name}"
+
+
+def expert_modules(model: nn.Module, info: BaseInfo) -> Iterator[tuple[int, BlockInfo, nn.Module]]:
+    """Yield the modules of stacked experts with the index of their layer and what they are."""
+    for block in info.blocks:
+        if block.kind == "experts":
+            for layer in block.layers:
+                path = f"{info.layers_path}.{layer}.{block.path}"
+                yield layer, block, model.get_submodule(path)
 
 
 def _has_stacks(module: nn.Module) -> bool:

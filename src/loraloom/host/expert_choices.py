@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraloom.base.structure import expert_modules
 from loraloom.errors import ModelError
 from loraloom.host.host import Host
 
@@ -27,13 +28,11 @@ def count_choices(
     """
     counts = dict[int, Tensor]()
     with ExitStack() as hooks:
-        for block in host.base.blocks:
-            for layer in block.layers if block.kind == "experts" else ():
-                module = host.model.get_submodule(f"{host.base.layers_path}.{layer}.{block.path}")
-                num_experts = next(iter(block.shapes.values()))[0]
-                counts[layer] = torch.zeros(num_experts, dtype=torch.long, device=host.device)
-                handle = module.register_forward_pre_hook(partial(_count, counts[layer]))
-                hooks.callback(handle.remove)
+        for layer, block, module in expert_modules(host.model, host.base):
+            num_experts = next(iter(block.shapes.values()))[0]
+            counts[layer] = torch.zeros(num_experts, dtype=torch.long, device=host.device)
+            handle = module.register_forward_pre_hook(partial(_count, counts[layer]))
+            hooks.callback(handle.remove)
         if not counts:
             raise ModelError(
                 f"{host.base.name_or_path} must be a mixture of experts to choose among them"
