@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ("README.md", "CHANGELOG.md", "docs/*.md", "docs/experiments/*.md", "docs/decisions/*.md")
-MAX_WORDS = {"README.md": 650, "CHANGELOG.md": 1500, "docs/decisions/README.md": 400}
+MAX_WORDS = {"README.md": 650, "CHANGELOG.md": 3000, "docs/decisions/README.md": 400}
 PAGES = sorted(str(path.relative_to(ROOT)) for name in FILES for path in ROOT.glob(name))
 REFERENCE = (
     "README known_limits api architecture experiments glossary index kernels models semantics "
