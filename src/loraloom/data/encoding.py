@@ -12,7 +12,7 @@ from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
-from loraloom.data import sources, templates, tokens
+from loraloom.data import sources, templates, token_cache, tokens
 from loraloom.data.chat import (
     DroppedToolsError,
     learn_answers,
@@ -54,7 +54,15 @@ class SourceEncoder:
         return f"{choice_task.name} ({self.config.scoring or choice_task.config.scoring})"
 
     def load(self, split: str, limit: int | None = None) -> list[EncodedRow]:
-        rows, encoded = self.read(split, limit)
+        rows = self._load_rows(split, limit)
+        # a tokenizer in Python has state that no fingerprint covers
+        if not self.tokenizer.is_fast or not token_cache.is_large(rows):
+            return self._encode_usable(rows)
+        encode = partial(self._encode_usable, rows)
+        return token_cache.encode_once(rows, self.tokenizer, self._decisive_settings(), encode)
+
+    def _encode_usable(self, rows: list[Row]) -> list[EncodedRow]:
+        encoded = self._encode_rows(rows)
         self.check(rows, encoded)
         if not any(row.pieces for row in encoded):
             raise DataError(
@@ -62,6 +70,18 @@ class SourceEncoder:
                 f"max_length={self.max_length}; raise max_length, or fill in empty answers"
             )
         return encoded
+
+    def _decisive_settings(self) -> list[object]:
+        """What decides the tokens of rows, with the texts of files that settings name."""
+        config = self.config
+        template = None
+        if config.format == "instruction" or config.template is not None:
+            template = templates.template_source(config.template)
+        task = None
+        if config.task is not None:
+            task = find_task(config.task).config.model_dump_json()
+        settings = config.model_dump_json(exclude={"weight", "expert_group"})
+        return [settings, template, self.chat_source, task, self.as_pairs, self.max_length]
 
     def check(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
         # a stream that is shorter than a block has rows in it several times
@@ -92,12 +112,19 @@ class SourceEncoder:
         return [f"{number} {note}" for note, number in notes.items() if number]
 
     def read(self, split: str, limit: int | None = None) -> tuple[list[Row], list[EncodedRow]]:
+        rows = self._load_rows(split, limit)
+        return rows, self._encode_rows(rows)
+
+    def _load_rows(self, split: str, limit: int | None) -> list[Row]:
         config = self.config
         if config.task is not None:
-            rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
-            return rows, self._encode_task(rows)
-        rows = list(islice(self.open(split).rows(), limit))
-        return rows, self.encode(rows, first=sources.fields_of_all(rows))
+            return find_task(config.task).load_rows(config.split or split, config.path)[:limit]
+        return list(islice(self.open(split).rows(), limit))
+
+    def _encode_rows(self, rows: list[Row]) -> list[EncodedRow]:
+        if self.config.task is not None:
+            return self._encode_task(rows)
+        return self.encode(rows, first=sources.fields_of_all(rows))
 
     def prompts(self, split: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield what rows ask: content, a text or messages, fields of templates, tools, origin."""
