@@ -135,15 +135,6 @@ def test_a_file_that_is_not_utf8_or_not_there_is_an_error(tmp_path):
         read_rows(tmp_path / "nowhere" / "train.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("value", "advised"), [(12, True), (False, True), ([1], False), ({}, False)]
-)
-def test_quotes_are_advised_where_they_make_a_text(value, advised):
-    with pytest.raises(DataError, match="must be a string") as caught:
-        Row({"a": value}, "line 1").text("a")
-    assert str(caught.value).endswith("; use quotes") == advised
-
-
 def test_a_missing_field_is_named_with_file_and_line():
     message = "some.jsonl, line 7: the row has no field 'answer'; its fields are 'question', 'lab"
     with pytest.raises(DataError, match=re.escape(message)):

@@ -56,9 +56,7 @@ class Row(dict[str, Any]):
     def text(self, name: str) -> str:
         value = self[name]
         if not isinstance(value, str):
-            # quotes make a text of a number or true, but not of a list, an object or null
-            advice = "; use quotes" if isinstance(value, int | float) else ""
-            self.reject(f"field {name!r} must be a string, got {shown(value)}{advice}")
+            self.reject(f"field {name!r} must be a string, got {shown(value)}; use quotes")
         return value
 
     def answer(self, name: str) -> str:
