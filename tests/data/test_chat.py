@@ -119,21 +119,6 @@ def test_turns_of_sharegpt_become_messages():
     assert read.tools == [{"name": "f"}]
 
 
-def test_of_a_prompt_and_its_completion_only_the_completion_is_learned(tiny_tokenizer):
-    turns = TWO_TURNS["messages"]
-    row = {"prompt": turns[:3], "completion": turns[3:], "system": "s"}
-    template = PLAIN.replace("<eos>", "{{ mark }}<eos>")
-    marked = row | {"chat_template_kwargs": {"mark": "!"}}
-    rows = [Row(fields, "chat.jsonl, line 3") for fields in (row, marked)]
-    plain, with_mark = encode(tiny_tokenizer, template, *rows, max_length=200)
-    assert spans(tiny_tokenizer, plain.pieces[0]) == ["yes<eos>\n"]
-    text = "[system]s<eos>\n[user]color?<eos>\n[assistant]blue<eos>\n[user]true?<eos>\n"
-    assert tiny_tokenizer.decode(plain.pieces[0].input_ids) == text + "[assistant]yes<eos>\n"
-    assert spans(tiny_tokenizer, with_mark.pieces[0]) == ["yes!<eos>\n"]
-    with pytest.raises(DataError, match="field 'prompt' must be a list of messages, got str"):
-        encode(tiny_tokenizer, template, Row(row | {"prompt": "color?"}, "chat.jsonl, line 3"))
-
-
 def test_a_system_prompt_is_in_one_place():
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert read_conversation(Row({"messages": turns, "system": "Be brief."}, "r")).messages == turns

@@ -61,9 +61,7 @@ def train_with_trl(family: str, kind: str) -> Example:
     """The tokens of a conversation as trl trains on them."""
     tokenizer, conversation = build_tokenizer(), read_conversation(Row(KINDS[kind], "row"))
     how = {"return_dict": True, "return_assistant_tokens_mask": True}
-    encoding = tokenizer.apply_chat_template(
-        *conversation[:2], chat_template=TRAINING[family], **how
-    )
+    encoding = tokenizer.apply_chat_template(*conversation, chat_template=TRAINING[family], **how)
     marks = zip(encoding["input_ids"], encoding["assistant_masks"], strict=True)
     labels = tuple(token if mark else NO_LOSS for token, mark in marks)
     return Example(tuple(encoding["input_ids"]), labels)
@@ -100,7 +98,7 @@ def test_a_conversation_is_written_as_transformers_writes_it(family, kind, for_a
     template = ChatTemplate(tokenizer)
     ours = rendered(lambda: template.render(conversation, for_answer=for_answer))
     how = {"tokenize": False, "add_generation_prompt": for_answer}
-    assert ours == rendered(lambda: tokenizer.apply_chat_template(*conversation[:2], **how))
+    assert ours == rendered(lambda: tokenizer.apply_chat_template(*conversation, **how))
 
 
 def rendered(render: Callable[[], Any]) -> str:

@@ -225,12 +225,9 @@ def find_columns(
         if 2 * count >= len(rows) or name in _RARE:
             usual[name.strip().lower()] = name
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
-    layouts: list[str] = []
-    for name in names:
-        layouts += [layout for layout in (name, f"{name} completions") if layout in formats]
-    for layout in layouts:
-        row_format: Any = layout.removesuffix(" completions")
-        roles: dict[str, list[str]] = formats[layout]
+    row_formats: list[Any] = [name for name in names if name in formats]
+    for row_format in row_formats:
+        roles: dict[str, list[str]] = formats[row_format]
         columns = {**fields}
         for role in roles:
             matches = [usual[name] for name in roles[role] if name in usual]
@@ -239,26 +236,16 @@ def find_columns(
                 columns[role] = free[0]
         if not roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
             continue
-        if "completion" in columns and not _has_messages(rows, columns["completion"]):
-            continue
         if row_format == "choices":
             raise ConfigError(
                 f"{file} has choices. Name a task, or write a task file: see docs/result_files.md"
             )
         return row_format, columns
-    required = [f"\n  {name}: {', '.join(formats[name])}" for name in layouts]
+    required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
         f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
-
-
-def _has_messages(rows: Sequence[Row], column: str) -> bool:
-    """Whether a column contains lists of messages, or their JSON, as CSV has it."""
-    value = next((row[column] for row in rows if row.get(column)), None)
-    if isinstance(value, str):
-        return value.lstrip().startswith("[{")
-    return isinstance(value, list)
 
 
 def infer_source(

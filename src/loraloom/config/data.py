@@ -40,7 +40,7 @@ MAX_LENGTH = 512
 # What a row of each format is made of: the keys that `fields` may map to columns.
 FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
-    "chat": ("messages", "prompt", "completion", "tools", "system"),
+    "chat": ("messages", "tools", "system"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
 }

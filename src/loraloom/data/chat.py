@@ -1,7 +1,6 @@
 """Conversations, as data sets have them and as a model learns them.
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
-{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", ...}]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 
 An answer is learned after just the text that asks for it. Where a template writes it differently
@@ -65,18 +64,9 @@ class DroppedToolsError(DataError):
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
-    """Read a row's messages, or the messages of its prompt and its completion."""
     names = columns or {}
-    usual = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), None)
-    field = names.get("messages") or usual
-    completion = names.get("completion", "completion")
-    prompt: list[Message] = []
-    if field is None and row.get(completion) is not None:
-        prompt = read_messages(row, names.get("prompt", "prompt"))
-        messages = prompt + read_messages(row, completion)
-    else:
-        messages = read_messages(row, field or "messages")
-    num_read = len(messages)
+    default = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), "messages")
+    messages = read_messages(row, names.get("messages") or default)
     system = names.get("system", "system")
     if row.get(system):
         message = {"role": "system", "content": row.text(system)}
@@ -85,23 +75,7 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
             messages.insert(0, message)
         elif first["content"] != message["content"]:
             row.reject(f"a system message must be in field {system!r} or in the messages")
-    return Conversation(
-        messages,
-        read_tools(row, names.get("tools", "tools")),
-        read_template_variables(row),
-        first_learned=len(prompt) + len(messages) - num_read if prompt else 0,
-    )
-
-
-def read_template_variables(row: Row) -> dict[str, Any] | None:
-    """The variables that a row passes to its chat template, as trl names their column."""
-    field = "chat_template_kwargs"
-    variables = _parse(row, f"field {field!r}", row.get(field))
-    if not variables:
-        return None
-    if not isinstance(variables, Mapping):
-        row.reject(f"field {field!r} must be an object, got {type(variables).__name__}")
-    return dict(variables)
+    return Conversation(messages, read_tools(row, names.get("tools", "tools")))
 
 
 def read_messages(row: Row, field: str) -> list[Message]:

@@ -18,7 +18,6 @@ from loraloom.data.chat import (
     learn_answers,
     read_conversation,
     read_messages,
-    read_template_variables,
     read_tools,
 )
 from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
@@ -146,9 +145,7 @@ class SourceEncoder:
         data_format = self.config.format or "text"
         if data_format == "chat":
             chat = read_conversation(row, self.config.fields)
-            messages = chat.messages[: chat.first_learned]
-            if not messages:
-                messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
+            messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
             return {"content": tuple(messages), "tools": chat.tools}
         if data_format == "preference":
             messages = _messages_before_answers(row, columns)
@@ -227,9 +224,7 @@ class SourceEncoder:
         pieces: list[Example] = []
         is_cut = False
         conversation = read_conversation(row, self.config.fields)
-        for text in learn_answers(
-            self._chat_template, row, conversation, conversation.first_learned
-        ):
+        for text in learn_answers(self._chat_template, row, conversation):
             fitted = tokens.fit(text, self._start, self.max_length)
             pieces += fitted.pieces
             is_cut |= fitted.is_cut or not fitted.pieces
@@ -250,10 +245,9 @@ class SourceEncoder:
         elif chosen == rejected:
             row.reject("chosen and rejected are the same; remove the row, or name its prompt")
         tools = read_tools(row, "tools")
-        variables = read_template_variables(row)
         learned: list[Example] = []
         for messages in (chosen, rejected):
-            conversation = Conversation(messages, tools, variables)
+            conversation = Conversation(messages, tools)
             texts = learn_answers(self._chat_template, row, conversation, first)
             if len(texts) > 1:
                 row.reject(

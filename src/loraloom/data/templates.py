@@ -41,12 +41,10 @@ _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pat
 
 
 class Conversation(NamedTuple):
-    """Messages, the tools that they may call, and how they are rendered and learned."""
+    """Messages, and the tools that they may call."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
-    variables: Mapping[str, Any] | None = None  # of the chat template, besides those
-    first_learned: int = 0  # the message from which on answers are learned
 
     def until(self, index: int) -> Conversation:
         return self._replace(messages=self.messages[:index])
@@ -162,10 +160,9 @@ class ChatTemplate:
             else message
             for message in conversation.messages
         ]
-        variables = {**self._fields, **(conversation.variables or {})}
         with _RENDERING, template_errors():
             text, marks = chat_template_utils._render_with_assistant_indices(
-                template, messages, tools, None, for_answer, **variables
+                template, messages, tools, None, for_answer, **self._fields
             )
             # half of a surrogate pair, which no tokenizer reads, fails here
             text.encode()

@@ -112,7 +112,7 @@ def load_answer_set(
 
 def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
     if source.format == "chat":
-        messages, tools = read_conversation(row, source.fields)[:2]
+        messages, tools = read_conversation(row, source.fields)
         last = len(messages) - 1
         while last > 0 and messages[last]["role"] != "assistant":
             last -= 1
