@@ -108,29 +108,6 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
     assert load_run_config("run.yaml").jobs[0].data.on_empty == "skip"
 
 
-def test_a_template_that_drops_tools_is_replaced_by_hermes(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    for directory in ("other", "chatml"):
-        tiny_model(vocab_size=302).save_pretrained(directory)
-    tokenizer.save_pretrained("other")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.save_pretrained("chatml")
-    row = {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "look"}}]}
-    file = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS}, row)
-    assert main(["init", file, "--base-model", "chatml"]) == 0
-    note = "chat template: hermes, because the base model's template drops tools"
-    assert note in capsys.readouterr().out
-    assert load_run_config("run.yaml").jobs[0].data.chat_template == "hermes"
-    words = ["--output", "b.yaml", "--chat-template", TEMPLATE]
-    assert main(["init", file, "--base-model", "chatml", *words]) == 2
-    error = "line 2: the chat template drops the tools; set chat_template: hermes"
-    assert error in capsys.readouterr().err
-    assert main(["init", file, "--base-model", "other", "--output", "b.yaml"]) == 2
-    assert "drops the tools; set another chat_template" in capsys.readouterr().err
-
-
 def test_choice_questions_need_a_task_file(init, tmp_path):
     row = {"question": "?", "choices": ["a", "b"], "answer": "a"}
     error = init(write_rows(tmp_path / "rows.jsonl", row), code=2)

@@ -5,7 +5,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
-from loraloom.data.templates import HERMES, compile_template, render
+from loraloom.data.templates import compile_template, render
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console, show_progress
@@ -63,8 +62,7 @@ def init(
         base_model: Hub ID, directory or .gguf file of the base model.
         row_format: Format of the rows, if their columns have unusual names.
         column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
-        chat_template: Chat template for conversations: a Jinja text, a file, or hermes for ChatML
-            with tools. Default: the base model's, or hermes if that template drops tools.
+        chat_template: Jinja text or file for conversations, if the base model has none.
         on_empty: Skip rows with an empty answer, or report an error (the default).
         expert_share: Adapt the experts of a mixture-of-experts base model, and only those that
             compute this share of the rows' tokens in each layer: 0.5, for example. The base model
@@ -89,10 +87,6 @@ def init(
     tokenizer = load_tokenizer(base_model)
     max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
     encoder = SourceEncoder(checked(SourceConfig, data), tokenizer, max_length)
-    if chat_template is None and _drops_tools(encoder):
-        data["chat_template"] = HERMES
-        encoder = replace(encoder, config=checked(SourceConfig, data))
-        console.print(f"chat template: {HERMES}, because the base model's template drops tools")
     encoded = encoder.load("train")
     sizes = _measure(encoded, encoder.max_length)
     targets = {}
@@ -124,14 +118,6 @@ def _choose_columns(
     console.print(plain(f"columns: {used}"))
     console.print(plain(f"not used: {unused or 'none'}"))
     return row_format, columns
-
-
-def _drops_tools(encoder: SourceEncoder) -> bool:
-    """Whether the base model's chat template drops tools that `hermes` would write."""
-    if encoder.config.format not in ("chat", "preference"):
-        return False
-    _, encoded = encoder.read("train")
-    return any(row.drops_tools for row in encoded)
 
 
 def _busiest_experts(

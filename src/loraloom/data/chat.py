@@ -10,7 +10,7 @@ once more turns follow (without its reasoning, say), a conversation is learned i
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,21 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.fields import did_you_mean
 from loraloom.config.text import parse_json
 from loraloom.data.sources import Row, without_nulls
-from loraloom.data.templates import (
-    HERMES,
-    ChatTemplate,
-    Conversation,
-    Marked,
-    Message,
-    accepts_hermes,
-)
+from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
 # What a template may leave out, a conversation with it and one without.
 _Omission = tuple[str, Conversation, Conversation]
-# What `omitted_tools` names.
-_TOOL_NAMES = ("the tools", "the tool_calls")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USUAL_COLUMNS = ("messages", "conversations", "conversation")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -57,10 +48,6 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-
-
-class DroppedToolsError(DataError):
-    """A chat template drops tools that the built-in template would write."""
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
@@ -211,7 +198,7 @@ def learn_answers(
         for name, with_it, without in _omissions(conversation, first):
             with suppress(TemplateError):
                 if template.render(with_it) == template.render(without):
-                    _reject_dropped(template, row, name)
+                    row.reject(f"the chat template drops {name}; set another chat_template")
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
@@ -219,15 +206,6 @@ def learn_answers(
     except TemplateError as error:
         row.reject(f"the chat template rejects the row: {error}; change the row or chat_template")
     return [_learn_spans(template.tokenizer, text) for text in texts]
-
-
-def _reject_dropped(template: ChatTemplate, row: Row, name: str) -> NoReturn:
-    """Raise an error that names the built-in template with tools, where it can help."""
-    is_of_tools = name.startswith(_TOOL_NAMES)
-    if not (is_of_tools and accepts_hermes(template.tokenizer)):
-        row.reject(f"the chat template drops {name}; set another chat_template")
-    reason = f"the chat template drops {name}"
-    raise DroppedToolsError(f"{row.origin}: {reason}; set chat_template: {HERMES}")
 
 
 def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: int) -> Marked:

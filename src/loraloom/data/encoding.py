@@ -13,13 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, token_cache, tokens
-from loraloom.data.chat import (
-    DroppedToolsError,
-    learn_answers,
-    read_conversation,
-    read_messages,
-    read_tools,
-)
+from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
 from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation, Message
@@ -323,8 +317,7 @@ def _encode_each(
             if fault == str(error):
                 raise
             is_empty = isinstance(error, EmptyAnswerError)
-            drops_tools = isinstance(error, DroppedToolsError)
-            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty, drops_tools=drops_tools)
+            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty)
     encoded = iter(encode(items))
     return [faulty.get(index) or next(encoded) for index in range(len(rows))]
 

@@ -80,7 +80,6 @@ class EncodedRow(NamedTuple):
     is_pair: bool = False
     fault: str = ""  # why the row can't be used
     is_empty: bool = False  # the fault is that it has no answer
-    drops_tools: bool = False  # the fault is a chat template, which `hermes` could replace
 
 
 DROPPED = EncodedRow(pieces=())
