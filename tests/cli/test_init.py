@@ -20,6 +20,7 @@ ROWS = [
     ({"input": "sky #?", "output": "blue"}, {"template": "plain"}),
     ({"input": "sky?", "context": "# rains", "output": "gray"}, {"template": "plain"}),
     ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
+    ({"prompt": TURNS[:1], "completion": TURNS[1:]}, {"format": "chat", "fields": None}),
     ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),
     ({"prompt": "sky #?", "chosen": " blue", "rejected": " no"}, {"fields": None}),
 ]
@@ -38,10 +39,10 @@ def init(saved, tmp_path, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize(("row", "settings"), ROWS, ids=lambda one: next(iter(one)))
+@pytest.mark.parametrize(("row", "settings"), ROWS, ids=" ".join)
 def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
     rows = [json.loads(json.dumps(row).replace("#", str(n))) for n in range(12)]
-    words = ["--chat-template", TEMPLATE] if "messages" in row else []
+    words = ["--chat-template", TEMPLATE] if settings.get("format") == "chat" else []
     said = init(write_rows(tmp_path / "my rows.jsonl", *rows), *words)
     assert re.search(r"row 1.*: \d+ tokens, \d+ in the loss\n", said)
     assert "\n12 rows of " in said

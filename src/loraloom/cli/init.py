@@ -19,6 +19,7 @@ from loraloom.cli.data import row_lines
 from loraloom.config.data import DataFormat, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
+from loraloom.data.chat import are_messages
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
 from loraloom.data.templates import compile_template, render
@@ -29,8 +30,9 @@ from loraloom.terminal import make_console, show_progress
 # one comes before those whose columns its rows may have as well
 ROW_FORMATS = ("preference", "chat", "choices", "instruction", "text")
 
-_OPTIONAL = {"prompt", "tools", "system", "input"}
-_RARE = {"tools", "system", "input", "context"}  # columns that count even if few rows have them
+_OPTIONAL = {"prompt", "tools", "system", "input", "chat_template_kwargs"}
+# Columns that count even if few rows have them.
+_RARE = {"tools", "system", "input", "context", "chat_template_kwargs"}
 _FIRST_ROWS = 1000  # which show the columns
 _MAX_LENGTH = 2048
 _COUNTED_ROWS = 1000  # at most, whose tokens' experts are counted
@@ -212,26 +214,39 @@ def find_columns(
             usual[name.strip().lower()] = name
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
     row_formats: list[Any] = [name for name in names if name in formats]
-    for row_format in row_formats:
-        roles: dict[str, list[str]] = formats[row_format]
-        columns = {**fields}
-        for role in roles:
-            matches = [usual[name] for name in roles[role] if name in usual]
-            free = [name for name in matches if name not in columns.values()]
-            if free and role not in fields:
-                columns[role] = free[0]
+    forms = [(name, roles) for name in row_formats for roles in formats[name]]
+    for row_format, roles in forms:
+        columns = _match_roles(roles, usual, fields)
         if not roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
+            continue
+        if "completion" in roles and not _has_messages(rows, columns["completion"]):
             continue
         if row_format == "choices":
             raise ConfigError(
                 f"{file} has choices. Name a task, or write a task file: see docs/result_files.md"
             )
         return row_format, columns
-    required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
+    required = [f"\n  {name}: {', '.join(roles)}" for name, roles in forms]
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
         f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
+
+
+def _match_roles(
+    roles: Mapping[str, Sequence[str]], usual: Mapping[str, str], fields: Mapping[str, str]
+) -> dict[str, str]:
+    columns = {**fields}
+    for role, names in roles.items():
+        matches = [usual[name] for name in names if name in usual]
+        free = [name for name in matches if name not in columns.values()]
+        if free and role not in fields:
+            columns[role] = free[0]
+    return columns
+
+
+def _has_messages(rows: Sequence[Row], column: str) -> bool:
+    return are_messages(next((row[column] for row in rows if row.get(column)), None))
 
 
 def infer_source(

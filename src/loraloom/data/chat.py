@@ -2,6 +2,8 @@
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
+{"prompt": [{"role": "user", "content": "Hi"}],
+ "completion": [{"role": "assistant", "content": "Hello!"}]}
 
 An answer is learned after just the text that asks for it. Where a template writes it differently
 once more turns follow (without its reasoning, say), a conversation is learned in several texts.
@@ -26,6 +28,9 @@ from loraloom.errors import DataError, shown
 _Omission = tuple[str, Conversation, Conversation]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USUAL_COLUMNS = ("messages", "conversations", "conversation")
+_MESSAGES_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|content)"')  # as CSV has them
+# What rendering itself sets.
+_FIXED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("role", "content", "name")
 # Roles, and what a message of each may have.
@@ -51,18 +56,45 @@ _SHAREGPT_ROLES = {
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Read the messages of a row, or its prompt and completion, which alone is learned."""
     names = columns or {}
-    default = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), "messages")
-    messages = read_messages(row, names.get("messages") or default)
+    messages, num_prompt_messages = _read_turns(row, names)
     system = names.get("system", "system")
     if row.get(system):
         message = {"role": "system", "content": row.text(system)}
         first = messages[0]
         if first["role"] != "system":
             messages.insert(0, message)
+            num_prompt_messages += num_prompt_messages > 0
         elif first["content"] != message["content"]:
             row.reject(f"a system message must be in field {system!r} or in the messages")
-    return Conversation(messages, read_tools(row, names.get("tools", "tools")))
+    tools = read_tools(row, names.get("tools", "tools"))
+    variables = read_variables(row, names.get("chat_template_kwargs", "chat_template_kwargs"))
+    return Conversation(messages, tools, num_prompt_messages, variables)
+
+
+def _read_turns(row: Row, names: Mapping[str, str]) -> tuple[list[Message], int]:
+    """Read all messages of a row, and count those of its prompt."""
+    usual = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), None)
+    has_messages = "messages" in names or usual is not None
+    is_named = "prompt" in names or "completion" in names
+    if is_named or (not has_messages and "completion" in row):
+        prompt = read_messages(row, names.get("prompt", "prompt"))
+        return prompt + read_answer(row, names.get("completion", "completion")), len(prompt)
+    return read_messages(row, names.get("messages") or usual or "messages"), 0
+
+
+def are_messages(value: object) -> bool:
+    """Whether the value of a column is a list of messages, or the JSON text of a list."""
+    if isinstance(value, str):
+        return _MESSAGES_TEXT.match(value) is not None
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def read_answer(row: Row, field: str) -> list[Message]:
+    if not row[field]:
+        row.answer(field)  # an error
+    return read_messages(row, field)
 
 
 def read_messages(row: Row, field: str) -> list[Message]:
@@ -83,6 +115,19 @@ def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(map(_tool_name, tools)):
         row.reject(f"field {field!r} must be a list of functions with a name each")
     return without_nulls(tools)
+
+
+def read_variables(row: Row, field: str) -> dict[str, Any] | None:
+    """Read the variables of the chat template that a row sets, such as `enable_thinking`."""
+    variables = _parse(row, f"field {field!r}", row.get(field))
+    if not variables:
+        return None
+    if not isinstance(variables, Mapping):
+        row.reject(f"field {field!r} must be an object, got {shown(variables)}")
+    fixed = sorted(_FIXED_VARIABLES & variables.keys())
+    if fixed:
+        row.reject(f"field {field!r} must not set {', '.join(fixed)}; remove {fixed[0]}")
+    return without_nulls(variables)
 
 
 def _read_message(row: Row, number: int, turn: Any) -> Message:
@@ -184,10 +229,9 @@ def _parse(row: Row, name: str, value: Any) -> Any:
     return value
 
 
-def learn_answers(
-    template: ChatTemplate, row: Row, conversation: Conversation, first: int = 0
-) -> list[Example]:
-    """A conversation in full length: loss on the assistant's turns from message `first` on."""
+def learn_answers(template: ChatTemplate, row: Row, conversation: Conversation) -> list[Example]:
+    """A conversation in full length: loss on the assistant's turns after the prompt."""
+    first = conversation.num_prompt_messages
     roles = [message["role"] for message in conversation.messages]
     turns = [turn for turn, role in enumerate(roles) if role == "assistant" and turn >= first]
     if not turns:
@@ -195,12 +239,12 @@ def learn_answers(
     if turns[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for name, with_it, without in _omissions(conversation, first):
+        for name, with_it, without in _omissions(conversation):
             with suppress(TemplateError):
                 if template.render(with_it) == template.render(without):
                     row.reject(f"the chat template drops {name}; set another chat_template")
         if _GENERATION_TAG.search(template.source(conversation.tools)):
-            texts = [_marked_text(template, row, conversation, first)]
+            texts = [_marked_text(template, row, conversation)]
         else:
             texts = _answered_texts(template, row, conversation, turns)
     except TemplateError as error:
@@ -208,8 +252,9 @@ def learn_answers(
     return [_learn_spans(template.tokenizer, text) for text in texts]
 
 
-def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: int) -> Marked:
+def _marked_text(template: ChatTemplate, row: Row, chat: Conversation) -> Marked:
     text, marks = template.render_with_marks(chat)
+    first = chat.num_prompt_messages
     if first:
         start = count_shared(text, template.render(chat.until(first)))
         marks = [mark for mark in marks if mark[0] >= start]
@@ -274,7 +319,7 @@ def omitted_tools(conversation: Conversation) -> Iterator[_Omission]:
             yield f"the tool_calls of message {index + 1}", conversation, without
 
 
-def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
+def _omissions(conversation: Conversation) -> Iterator[_Omission]:
     yield from omitted_tools(conversation)
     for index, message in enumerate(conversation.messages):
         role = message["role"]
@@ -287,7 +332,7 @@ def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
             yield f"the content {name}, next to its tool_calls", within, changed
         elif role not in ("user", "assistant"):
             yield f"the content {name}, of role {role!r}", within, changed
-        if role == "assistant" and index >= first:
+        if role == "assistant" and index >= conversation.num_prompt_messages:
             if "reasoning_content" in message:
                 silent = within.changed(index, reasoning_content="")
                 yield f"the reasoning {name}", within, silent
