@@ -100,13 +100,40 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
     rows = [{"prompt": "sky?", "reply": "" if n % 3 else "blue"} for n in range(300)]
     odd = [{"prompt": 5, "reply": "blue"}, {"text": "the sky"}]
     error = init(write_rows(tmp_path / "rows.jsonl", *rows, *odd), code=2)
-    assert "202 of 302 rows can't be used:\n  lines 2, 3, 5, 6" in error
+    assert "202 of 302 rows can't be used:\n  200 rows, lines 2, 3, 5, 6" in error
     assert "and 180 more: field 'reply' is empty" in error
     assert "line 301: field 'prompt' must be a string, got 5" in error
     assert "line 302: the row has no field 'prompt'" in error
     assert not (tmp_path / "run.yaml").exists()
     init(write_rows(tmp_path / "rows.jsonl", *rows), "--on-empty", "skip")
     assert load_run_config("run.yaml").jobs[0].data.on_empty == "skip"
+
+
+def test_faults_of_a_kind_are_listed_together_whatever_values_they_quote(init, tmp_path):
+    faults = [{"prompt": 5}, {"prompt": 7.5}, {"prompt": [5]}, {"prompt": {"a": 1}}, {"reply": 1}]
+    rows = [{"prompt": "sky?", "reply": "blue", **fault} for fault in faults]
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    with (tmp_path / "rows.jsonl").open("a") as opened:
+        opened.write('{"a": 1,\n{"a"\n')
+    text = "field 'prompt' must be a string, got"
+    assert init(file, code=2).splitlines()[1:] == [
+        f"  2 rows, lines 1, 2: {text} 5; use quotes (as in line 1)",
+        f"  2 rows, lines 3, 4: {text} [5]; write a text (as in line 3)",
+        "  line 5: field 'reply' must be a string, got 1; use quotes",
+        "  2 rows, lines 6, 7: the row must be JSON: EOF while parsing a value at column 8 (as in "
+        "line 6)",
+    ]
+
+
+def test_faults_of_messages_are_listed_together_wherever_they_are(init, tmp_path):
+    turns = [*TURNS, {"role": "usr", "content": "sky?"}, {"role": "human", "content": "sky?"}]
+    calls = [{"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": ""}]
+    chats = [turns[:3], [*TURNS, *turns], [*TURNS, turns[3]], [TURNS[0], calls[0]], TURNS + calls]
+    file = write_rows(tmp_path / "rows.jsonl", *({"messages": messages} for messages in chats))
+    error = init(file, "--chat-template", TEMPLATE, code=2)
+    assert "\n  3 rows, lines 1, 2, 3: message 3: role must be one of " in error
+    assert "got 'usr'; did you mean 'user'? (as in line 1)\n" in error
+    assert "\n  2 rows, lines 4, 5: the chat template drops the tool_calls of message 2;" in error
 
 
 def test_choice_questions_need_a_task_file(init, tmp_path):

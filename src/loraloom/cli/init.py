@@ -199,7 +199,7 @@ def first_rows(location: Path | HubSource, split: str = "train") -> list[Row]:
     rows = list(islice(stream.rows(), _FIRST_ROWS))
     readable = [row for row in rows if not row.fault]
     if not readable:
-        check_faults({row.origin: row.fault for row in rows}, len(rows))
+        check_faults({row.origin: row.fault for row in rows if row.fault}, len(rows))
     return readable
 
 

@@ -11,8 +11,7 @@ once more turns follow (without its reasoning, say), a conversation is learned i
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -24,8 +23,6 @@ from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
-# What a template may leave out, a conversation with it and one without.
-_Omission = tuple[str, Conversation, Conversation]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USUAL_COLUMNS = ("messages", "conversations", "conversation")
 _MESSAGES_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|content)"')  # as CSV has them
@@ -53,6 +50,32 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+
+
+class Omission(NamedTuple):
+    """What a template may leave out, with a conversation that has it, and one that does not."""
+
+    part: str
+    complete: Conversation
+    reduced: Conversation
+    message: int | None = None
+    detail: str = ""
+
+    @property
+    def kind(self) -> str:
+        return f"{self.part}{self.detail}"
+
+    @property
+    def name(self) -> str:
+        if self.message is None:
+            return self.kind
+        return f"{self.part} of message {self.message + 1}{self.detail}"
+
+    def is_unnoticed(self, template: ChatTemplate) -> bool:
+        try:
+            return template.render(self.complete) == template.render(self.reduced)
+        except TemplateError:
+            return False
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
@@ -103,7 +126,7 @@ def read_messages(row: Row, field: str) -> list[Message]:
         turns = _parse(row, f"field {field!r}", turns)
     if not isinstance(turns, list) or not turns:
         expected = f"field {field!r} must be a list of messages"
-        row.reject(f"{expected}, got {type(turns).__name__}; name its column with fields")
+        row.reject(f"{expected}, got {type(turns).__name__}; name its column with fields", expected)
     return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
@@ -123,7 +146,8 @@ def read_variables(row: Row, field: str) -> dict[str, Any] | None:
     if not variables:
         return None
     if not isinstance(variables, Mapping):
-        row.reject(f"field {field!r} must be an object, got {shown(variables)}")
+        expected = f"field {field!r} must be an object"
+        row.reject(f"{expected}, got {shown(variables)}", expected)
     fixed = sorted(_FIXED_VARIABLES & variables.keys())
     if fixed:
         row.reject(f"field {field!r} must not set {', '.join(fixed)}; remove {fixed[0]}")
@@ -132,7 +156,8 @@ def read_variables(row: Row, field: str) -> dict[str, Any] | None:
 
 def _read_message(row: Row, number: int, turn: Any) -> Message:
     if not isinstance(turn, Mapping):
-        row.reject(f"message {number} must be an object, got {type(turn).__name__}")
+        reason = f"message {number} must be an object, got {type(turn).__name__}"
+        row.reject(reason, "a message must be an object")
     # tables put a null where an object lacks a key of others
     fields = {key: value for key, value in turn.items() if value is not None}
     message = Row(fields, f"{row.origin}, message {number}")
@@ -141,7 +166,8 @@ def _read_message(row: Row, number: int, turn: Any) -> Message:
     role = message.text("role")
     if role not in _KEYS:
         hint = did_you_mean(role, _KEYS)
-        message.reject(f"role must be one of {', '.join(_KEYS)}, got {shown(role)}{hint}")
+        expected = f"role must be one of {', '.join(_KEYS)}"
+        message.reject(f"{expected}, got {shown(role)}{hint}", expected)
     _check_keys(message, _KEYS[role], f"a message of role {role!r}")
     read: Message = {}
     for key in ("role", "name", "tool_call_id"):
@@ -166,7 +192,8 @@ def _from_sharegpt(turn: Row) -> Row:
     _check_keys(turn, ("from", "value"), "a turn with 'from'")
     speaker = turn.text("from")
     if speaker not in _SHAREGPT_ROLES:
-        turn.reject(f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}, got {shown(speaker)}")
+        expected = f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}"
+        turn.reject(f"{expected}, got {shown(speaker)}", expected)
     role = _SHAREGPT_ROLES[speaker]
     value = turn.get("value", "") if role == "assistant" else turn["value"]
     if speaker != "function_call":
@@ -224,9 +251,12 @@ def _check_keys(message: Row, allowed: tuple[str, ...], name: str) -> None:
 
 
 def _parse(row: Row, name: str, value: Any) -> Any:
-    if isinstance(value, str) and value.strip():
-        return parse_json(value, f"{row.origin}, {name}", DataError)
-    return value
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return parse_json(value, name, DataError)
+    except DataError as error:
+        row.reject(str(error), f"{name} must be JSON")
 
 
 def learn_answers(template: ChatTemplate, row: Row, conversation: Conversation) -> list[Example]:
@@ -239,10 +269,12 @@ def learn_answers(template: ChatTemplate, row: Row, conversation: Conversation) 
     if turns[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for name, with_it, without in _omissions(conversation):
-            with suppress(TemplateError):
-                if template.render(with_it) == template.render(without):
-                    row.reject(f"the chat template drops {name}; set another chat_template")
+        for omission in _omissions(conversation):
+            if omission.is_unnoticed(template):
+                advice = "set another chat_template"
+                row.reject(
+                    f"the chat template drops {omission.name}; {advice}", f"drops {omission.kind}"
+                )
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation)]
         else:
@@ -277,7 +309,8 @@ def _answered_texts(
             row.reject(
                 f"the generation prompt for message {turn + 1} continues with "
                 f"{shown(prompt[shared:])}, but the rendered answer with "
-                f"{shown(answered[shared : shared + 30])}; set another chat_template"
+                f"{shown(answered[shared : shared + 30])}; set another chat_template",
+                kind="the generation prompt continues unlike the rendered answer",
             )
     closing = template.closing()
     texts: list[Marked] = []
@@ -310,32 +343,34 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
-def omitted_tools(conversation: Conversation) -> Iterator[_Omission]:
+def omitted_tools(conversation: Conversation) -> Iterator[Omission]:
     if conversation.tools:
-        yield "the tools", conversation, conversation._replace(tools=None)
+        yield Omission("the tools", conversation, conversation._replace(tools=None))
     for index, message in enumerate(conversation.messages):
         if message.get("tool_calls"):
             without = conversation.changed(index, tool_calls=[])
-            yield f"the tool_calls of message {index + 1}", conversation, without
+            yield Omission("the tool_calls", conversation, without, index)
 
 
-def _omissions(conversation: Conversation) -> Iterator[_Omission]:
+def _omissions(conversation: Conversation) -> Iterator[Omission]:
     yield from omitted_tools(conversation)
     for index, message in enumerate(conversation.messages):
         role = message["role"]
         content = message["content"]
-        name = f"of message {index + 1}"
         # of earlier answers, templates leave out reasoning and what is beside calls on purpose
         within = conversation.until(index + 1) if role == "assistant" else conversation
         changed = within.changed(index, content=f"{content}?")
         if message.get("tool_calls") and content.strip():
-            yield f"the content {name}, next to its tool_calls", within, changed
+            detail = ", next to its tool_calls"
+            yield Omission("the content", within, changed, index, detail)
         elif role not in ("user", "assistant"):
-            yield f"the content {name}, of role {role!r}", within, changed
+            yield Omission("the content", within, changed, index, f", of role {role!r}")
         if role == "assistant" and index >= conversation.num_prompt_messages:
             if "reasoning_content" in message:
                 silent = within.changed(index, reasoning_content="")
-                yield f"the reasoning {name}", within, silent
+                yield Omission("the reasoning", within, silent, index)
             elif "</think>" in content:
                 answer = content.rpartition("</think>")[2]
-                yield f"the reasoning {name}", within, within.changed(index, content=answer)
+                yield Omission(
+                    "the reasoning", within, within.changed(index, content=answer), index
+                )

@@ -22,7 +22,7 @@ from loraloom.data.chat import (
     read_tools,
     read_variables,
 )
-from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
+from loraloom.data.sources import EmptyAnswerError, Fault, HubSource, Row, RowError, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation, Message
 from loraloom.data.tokens import EncodedRow, Example, TextPair
@@ -291,11 +291,12 @@ def _encode_each(
         try:
             items.append(read(row))
         except DataError as error:
-            fault = str(error).removeprefix(plain(row.origin)).lstrip(":, ")
-            if fault == str(error):
+            reason = str(error).removeprefix(plain(row.origin)).lstrip(":, ")
+            if reason == str(error):
                 raise
+            kind = error.kind if isinstance(error, RowError) else reason
             is_empty = isinstance(error, EmptyAnswerError)
-            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty)
+            faulty[index] = EncodedRow((), fault=Fault(reason, kind), is_empty=is_empty)
     encoded = iter(encode(items))
     return [faulty.get(index) or next(encoded) for index in range(len(rows))]
 

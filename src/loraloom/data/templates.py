@@ -80,7 +80,8 @@ def fill_in(template: Template, row: Row, setting: str, more: Mapping[str, Any])
     try:
         return render(template, {**row, **more})
     except TemplateError as error:
-        row.reject(f"{setting} can't be filled in: {error}; the row's fields are {fields_of(row)}")
+        kind = f"{setting} can't be filled in: {error}"
+        row.reject(f"{kind}; the row's fields are {fields_of(row)}", kind)
 
 
 @contextmanager
