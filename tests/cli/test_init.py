@@ -136,6 +136,62 @@ def test_faults_of_messages_are_listed_together_wherever_they_are(init, tmp_path
     assert "\n  2 rows, lines 4, 5: the chat template drops the tool_calls of message 2;" in error
 
 
+@pytest.fixture
+def chatml(tmp_path, monkeypatch):
+    """The directory of a base model with ChatML's tokens whose template drops tools."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained("chatml")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained("chatml")
+    return "chatml"
+
+
+TOOLS = [{"name": "look"}]
+WITH_TOOLS = {"messages": TURNS, "tools": TOOLS}
+NOTE = "chat template: hermes, because the base model's drops tools\n"
+
+
+def test_init_sets_hermes_if_the_base_models_template_drops_tools(chatml, tmp_path, capsys):
+    call = {"role": "assistant", "tool_calls": [{"name": "look"}]}
+    pair = {"prompt": TURNS[:1], "chosen": [call], "rejected": TURNS[1:], "tools": TOOLS}
+    for name, row in {"chats": WITH_TOOLS, "pairs": pair}.items():
+        file = write_rows(tmp_path / f"{name}.jsonl", {**row, "tools": None}, row)
+        assert main(["init", file, "--base-model", chatml, "--output", name]) == 0
+        assert NOTE in capsys.readouterr().out
+        assert load_run_config(name).jobs[0].data.chat_template == "hermes"
+    assert main(["data", "show", "chats"]) == 0
+    faulty = {"messages": [TURNS[0], {**TURNS[1], "role": "usr"}]}  # whatever the template
+    file = write_rows(tmp_path / "faulty.jsonl", WITH_TOOLS, faulty)
+    assert main(["init", file, "--base-model", chatml]) == 2
+    printed = capsys.readouterr()
+    assert NOTE in printed.out
+    assert "faulty.jsonl, line 2: message 2: role must be" in printed.err
+    file = write_rows(tmp_path / "turns.jsonl", {"messages": TURNS})
+    assert main(["init", file, "--base-model", chatml]) == 0
+    assert NOTE not in capsys.readouterr().out
+    assert load_run_config("run.yaml").jobs[0].data.chat_template is None
+
+
+def test_init_names_hermes_only_where_it_writes_the_row(chatml, tmp_path, capsys):
+    reasoning = {**WITH_TOOLS, "messages": [TURNS[0], {**TURNS[1], "reasoning_content": "hm"}]}
+    file = write_rows(tmp_path / "rows.jsonl", WITH_TOOLS, reasoning)
+    drops = "the chat template drops the tools; set"
+    hermes = "chat_template: hermes (loraloom init: --chat-template hermes)"
+    for words in ([], ["--chat-template", TEMPLATE]):
+        assert main(["init", file, "--base-model", chatml, *words]) == 2
+        printed = capsys.readouterr()
+        assert NOTE not in printed.out
+        assert f"\n  line 1: {drops} {hermes}\n  line 2: {drops} another chat_temp" in printed.err
+
+
+def test_hermes_is_not_proposed_to_a_tokenizer_without_its_tokens(init, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", WITH_TOOLS)
+    error = init(file, "--chat-template", TEMPLATE, code=2)
+    assert "line 1: the chat template drops the tools; set another chat_template" in error
+
+
 def test_choice_questions_need_a_task_file(init, tmp_path):
     row = {"question": "?", "choices": ["a", "b"], "answer": "a"}
     error = init(write_rows(tmp_path / "rows.jsonl", row), code=2)

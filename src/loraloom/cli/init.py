@@ -5,6 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median
@@ -21,8 +22,16 @@ from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.chat import are_messages
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
-from loraloom.data.templates import compile_template, render
+from loraloom.data.sources import (
+    HubSource,
+    Row,
+    RowStream,
+    check_faults,
+    fields_of,
+    fields_of_all,
+    find_location,
+)
+from loraloom.data.templates import HERMES, accepts_hermes, compile_template, render
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console, show_progress
@@ -64,7 +73,8 @@ def init(
         base_model: Hub ID, directory or .gguf file of the base model.
         row_format: Format of the rows, if their columns have unusual names.
         column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
-        chat_template: Jinja text or file for conversations, if the base model has none.
+        chat_template: Jinja text or file for conversations, or hermes for ChatML with tools.
+            Default: the base model's chat template, or hermes if that drops tools.
         on_empty: Skip rows with an empty answer, or report an error (the default).
         expert_share: Adapt the experts of a mixture-of-experts base model, and only those that
             compute this share of the rows' tokens in each layer: 0.5, for example. The base model
@@ -89,6 +99,8 @@ def init(
     tokenizer = load_tokenizer(base_model)
     max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
     encoder = SourceEncoder(checked(SourceConfig, data), tokenizer, max_length)
+    encoder = _replace_template(console, encoder, rows)
+    data |= encoder.config.model_dump(include={"chat_template"}, exclude_none=True)
     encoded = encoder.load("train")
     sizes = _measure(encoded, encoder.max_length)
     targets = {}
@@ -120,6 +132,26 @@ def _choose_columns(
     console.print(plain(f"columns: {used}"))
     console.print(plain(f"not used: {unused or 'none'}"))
     return row_format, columns
+
+
+def _replace_template(
+    console: Console, encoder: SourceEncoder, rows: Sequence[Row]
+) -> SourceEncoder:
+    """Use `hermes` in place of a chat template that drops the tools of rows."""
+    config = encoder.config
+    is_chat = config.format in ("chat", "preference")
+    if not is_chat or config.chat_template is not None or not accepts_hermes(encoder.tokenizer):
+        return encoder
+    first = fields_of_all(rows)
+    encoded = encoder.encode(rows, first)
+    if not any(row.drops_tools for row in encoded):
+        return encoder
+    candidate = replace(encoder, config=config.model_copy(update={"chat_template": HERMES}))
+    for row, other in zip(encoded, candidate.encode(rows, first), strict=True):
+        if other.fault not in (None, row.fault):
+            return encoder  # it drops something else
+    console.print(f"chat template: {HERMES}, because the base model's drops tools")
+    return candidate
 
 
 def _busiest_experts(

@@ -18,8 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import did_you_mean
 from loraloom.config.text import parse_json
-from loraloom.data.sources import Row, without_nulls
-from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
+from loraloom.data.sources import Row, RowError, without_nulls
+from loraloom.data.templates import (
+    HERMES,
+    ChatTemplate,
+    Conversation,
+    Marked,
+    Message,
+    accepts_hermes,
+    given_source,
+)
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
@@ -52,24 +60,29 @@ _SHAREGPT_ROLES = {
 }
 
 
+class DroppedToolsError(RowError):
+    """A chat template drops the tools of a row, or calls of them, which `hermes` would write."""
+
+
 class Omission(NamedTuple):
     """What a template may leave out, with a conversation that has it, and one that does not."""
 
-    part: str
+    omitted: str
     complete: Conversation
     reduced: Conversation
     message: int | None = None
     detail: str = ""
+    is_of_tools: bool = False
 
     @property
     def kind(self) -> str:
-        return f"{self.part}{self.detail}"
+        return f"{self.omitted}{self.detail}"
 
     @property
     def name(self) -> str:
         if self.message is None:
             return self.kind
-        return f"{self.part} of message {self.message + 1}{self.detail}"
+        return f"{self.omitted} of message {self.message + 1}{self.detail}"
 
     def is_unnoticed(self, template: ChatTemplate) -> bool:
         try:
@@ -269,12 +282,7 @@ def learn_answers(template: ChatTemplate, row: Row, conversation: Conversation) 
     if turns[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for omission in _omissions(conversation):
-            if omission.is_unnoticed(template):
-                advice = "set another chat_template"
-                row.reject(
-                    f"the chat template drops {omission.name}; {advice}", f"drops {omission.kind}"
-                )
+        _check_omissions(template, row, conversation)
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation)]
         else:
@@ -282,6 +290,25 @@ def learn_answers(template: ChatTemplate, row: Row, conversation: Conversation) 
     except TemplateError as error:
         row.reject(f"the chat template rejects the row: {error}; change the row or chat_template")
     return [_learn_spans(template.tokenizer, text) for text in texts]
+
+
+def _check_omissions(template: ChatTemplate, row: Row, conversation: Conversation) -> None:
+    for omission in _omissions(conversation):
+        if not omission.is_unnoticed(template):
+            continue
+        reason = f"the chat template drops {omission.name}"
+        kind = f"the chat template drops {omission.kind}"
+        if omission.is_of_tools and _is_written_by_hermes(template.tokenizer, conversation):
+            advice = f"set chat_template: {HERMES} (loraloom init: --chat-template {HERMES})"
+            raise DroppedToolsError(f"{row.origin}: {reason}; {advice}", f"{kind}; {advice}")
+        row.reject(f"{reason}; set another chat_template", kind)
+
+
+def _is_written_by_hermes(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> bool:
+    if not accepts_hermes(tokenizer):
+        return False
+    template = ChatTemplate(tokenizer, given_source(tokenizer, HERMES))
+    return not any(omission.is_unnoticed(template) for omission in _omissions(conversation))
 
 
 def _marked_text(template: ChatTemplate, row: Row, chat: Conversation) -> Marked:
@@ -345,11 +372,12 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
 
 def omitted_tools(conversation: Conversation) -> Iterator[Omission]:
     if conversation.tools:
-        yield Omission("the tools", conversation, conversation._replace(tools=None))
+        without = conversation._replace(tools=None)
+        yield Omission("the tools", conversation, without, is_of_tools=True)
     for index, message in enumerate(conversation.messages):
         if message.get("tool_calls"):
             without = conversation.changed(index, tool_calls=[])
-            yield Omission("the tool_calls", conversation, without, index)
+            yield Omission("the tool_calls", conversation, without, index, is_of_tools=True)
 
 
 def _omissions(conversation: Conversation) -> Iterator[Omission]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, tokens
 from loraloom.data.chat import (
+    DroppedToolsError,
     learn_answers,
     read_answer,
     read_conversation,
@@ -296,7 +297,9 @@ def _encode_each(
                 raise
             kind = error.kind if isinstance(error, RowError) else reason
             is_empty = isinstance(error, EmptyAnswerError)
-            faulty[index] = EncodedRow((), fault=Fault(reason, kind), is_empty=is_empty)
+            drops_tools = isinstance(error, DroppedToolsError)
+            fault = Fault(reason, kind)
+            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty, drops_tools=drops_tools)
     encoded = iter(encode(items))
     return [faulty.get(index) or next(encoded) for index in range(len(rows))]
 

@@ -209,11 +209,15 @@ class ChatTemplate:
         return compile_template(self.source(tools), "the chat template", read)
 
 
+def accepts_hermes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return {*_CHATML} <= tokenizer.get_vocab().keys()
+
+
 def given_source(
     tokenizer: PreTrainedTokenizerBase, template: str, setting: str = "chat_template"
 ) -> str:
     if template == HERMES:
-        if not {*_CHATML} <= tokenizer.get_vocab().keys():
+        if not accepts_hermes(tokenizer):
             raise DataError(
                 f"the template {HERMES} requires a tokenizer with the tokens "
                 f"{' and '.join(_CHATML)}; write a template with the base model's own turns"

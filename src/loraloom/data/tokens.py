@@ -81,6 +81,7 @@ class EncodedRow(NamedTuple):
     is_pair: bool = False
     fault: Fault | None = None
     is_empty: bool = False  # the fault is that it has no answer
+    drops_tools: bool = False  # the fault is a chat template that drops tools, unlike `hermes`
 
 
 DROPPED = EncodedRow(pieces=())
