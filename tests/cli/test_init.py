@@ -157,7 +157,7 @@ def test_init_sets_hermes_if_the_base_models_template_drops_tools(chatml, tmp_pa
     call = {"role": "assistant", "tool_calls": [{"name": "look"}]}
     pair = {"prompt": TURNS[:1], "chosen": [call], "rejected": TURNS[1:], "tools": TOOLS}
     for name, row in {"chats": WITH_TOOLS, "pairs": pair}.items():
-        file = write_rows(tmp_path / f"{name}.jsonl", {**row, "tools": None}, row)
+        file = write_rows(tmp_path / f"{name}.jsonl", *[{**row, "tools": None}] * 101, row)
         assert main(["init", file, "--base-model", chatml, "--output", name]) == 0
         assert NOTE in capsys.readouterr().out
         assert load_run_config(name).jobs[0].data.chat_template == "hermes"

@@ -43,6 +43,7 @@ _OPTIONAL = {"prompt", "tools", "system", "input", "chat_template_kwargs"}
 # Columns that count even if few rows have them.
 _RARE = {"tools", "system", "input", "context", "chat_template_kwargs"}
 _FIRST_ROWS = 1000  # which show the columns
+_TEMPLATE_ROWS = 100  # which show whether a chat template drops tools
 _MAX_LENGTH = 2048
 _COUNTED_ROWS = 1000  # at most, whose tokens' experts are counted
 _ADVICE = "Name the format with --format, and the columns of its roles with --column ROLE=COLUMN"
@@ -143,11 +144,13 @@ def _replace_template(
     if not is_chat or config.chat_template is not None or not accepts_hermes(encoder.tokenizer):
         return encoder
     first = fields_of_all(rows)
-    encoded = encoder.encode(rows, first)
+    with_tools_first = sorted(rows, key=lambda row: not row.get(config.columns["tools"]))
+    sample = with_tools_first[:_TEMPLATE_ROWS]
+    encoded = encoder.encode(sample, first)
     if not any(row.drops_tools for row in encoded):
         return encoder
     candidate = replace(encoder, config=config.model_copy(update={"chat_template": HERMES}))
-    for row, other in zip(encoded, candidate.encode(rows, first), strict=True):
+    for row, other in zip(encoded, candidate.encode(sample, first), strict=True):
         if other.fault not in (None, row.fault):
             return encoder  # it drops something else
     console.print(f"chat template: {HERMES}, because the base model's drops tools")

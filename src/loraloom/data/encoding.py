@@ -337,7 +337,8 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
                 has_system = content and content[0]["role"] == "system"
                 systems.add(content[0]["content"] if has_system else None)
                 row_variables = read_variables(row, source.columns["chat_template_kwargs"])
-                variables.add(json.dumps(row_variables) if row_variables else None)
+                text = json.dumps(row_variables, sort_keys=True)
+                variables.add(text if row_variables else None)
             elif not systems:
                 return PromptForm(format="preference")  # the first prompt that there is
         if systems and _shared_value(systems) is None and _shared_value(variables) is None:

@@ -210,7 +210,9 @@ class ChatTemplate:
 
 
 def accepts_hermes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return {*_CHATML} <= tokenizer.get_vocab().keys()
+    # a copy of the vocabulary takes milliseconds, and each faulty row asks
+    missing = (None, tokenizer.unk_token_id)
+    return all(tokenizer.convert_tokens_to_ids(token) not in missing for token in _CHATML)
 
 
 def given_source(
