@@ -95,7 +95,7 @@ def test_all_rows_of_a_run_file_are_checked_and_counted(directory, tmp_path, cap
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--rows", "1"]) == 2
     shown = capsys.readouterr()
     assert re.search(rf"a: {name} +11 +2 +0 +0 +1 +0 +1 *\n", shown.out)
-    assert "3 of 11 rows can't be used:\n  lines 6, 8: field 'output' is empty" in shown.err
+    assert "3 of 11 rows can't be used:\n  2 rows, lines 6, 8: field 'output' is empty" in shown.err
     assert "\n  line 11: field 'instruction' must be a string, got 1" in shown.err
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--set", "jobs.0.data.on_empty=skip"])
     assert f"{name}, line 11: field 'instruction' must be" in capsys.readouterr().err

@@ -20,6 +20,7 @@ ROWS = [
     ({"input": "sky #?", "output": "blue"}, {"template": "plain"}),
     ({"input": "sky?", "context": "# rains", "output": "gray"}, {"template": "plain"}),
     ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
+    ({"prompt": TURNS[:1], "completion": TURNS[1:]}, {"format": "chat", "fields": None}),
     ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),
     ({"prompt": "sky #?", "chosen": " blue", "rejected": " no"}, {"fields": None}),
 ]
@@ -38,10 +39,10 @@ def init(saved, tmp_path, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize(("row", "settings"), ROWS, ids=lambda one: next(iter(one)))
+@pytest.mark.parametrize(("row", "settings"), ROWS, ids=" ".join)
 def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
     rows = [json.loads(json.dumps(row).replace("#", str(n))) for n in range(12)]
-    words = ["--chat-template", TEMPLATE] if "messages" in row else []
+    words = ["--chat-template", TEMPLATE] if settings.get("format") == "chat" else []
     said = init(write_rows(tmp_path / "my rows.jsonl", *rows), *words)
     assert re.search(r"row 1.*: \d+ tokens, \d+ in the loss\n", said)
     assert "\n12 rows of " in said
@@ -99,13 +100,96 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
     rows = [{"prompt": "sky?", "reply": "" if n % 3 else "blue"} for n in range(300)]
     odd = [{"prompt": 5, "reply": "blue"}, {"text": "the sky"}]
     error = init(write_rows(tmp_path / "rows.jsonl", *rows, *odd), code=2)
-    assert "202 of 302 rows can't be used:\n  lines 2, 3, 5, 6" in error
+    assert "202 of 302 rows can't be used:\n  200 rows, lines 2, 3, 5, 6" in error
     assert "and 180 more: field 'reply' is empty" in error
     assert "line 301: field 'prompt' must be a string, got 5" in error
     assert "line 302: the row has no field 'prompt'" in error
     assert not (tmp_path / "run.yaml").exists()
     init(write_rows(tmp_path / "rows.jsonl", *rows), "--on-empty", "skip")
     assert load_run_config("run.yaml").jobs[0].data.on_empty == "skip"
+
+
+def test_faults_of_a_kind_are_listed_together_whatever_values_they_quote(init, tmp_path):
+    faults = [{"prompt": 5}, {"prompt": 7.5}, {"prompt": [5]}, {"prompt": {"a": 1}}, {"reply": 1}]
+    rows = [{"prompt": "sky?", "reply": "blue", **fault} for fault in faults]
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    with (tmp_path / "rows.jsonl").open("a") as opened:
+        opened.write('{"a": 1,\n{"a"\n')
+    text = "field 'prompt' must be a string, got"
+    assert init(file, code=2).splitlines()[1:] == [
+        f"  2 rows, lines 1, 2: {text} 5; use quotes (as in line 1)",
+        f"  2 rows, lines 3, 4: {text} [5]; write a text (as in line 3)",
+        "  line 5: field 'reply' must be a string, got 1; use quotes",
+        "  2 rows, lines 6, 7: the row must be JSON: EOF while parsing a value at column 8 (as in "
+        "line 6)",
+    ]
+
+
+def test_faults_of_messages_are_listed_together_wherever_they_are(init, tmp_path):
+    turns = [*TURNS, {"role": "usr", "content": "sky?"}, {"role": "human", "content": "sky?"}]
+    calls = [{"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": ""}]
+    chats = [turns[:3], [*TURNS, *turns], [*TURNS, turns[3]], [TURNS[0], calls[0]], TURNS + calls]
+    file = write_rows(tmp_path / "rows.jsonl", *({"messages": messages} for messages in chats))
+    error = init(file, "--chat-template", TEMPLATE, code=2)
+    assert "\n  3 rows, lines 1, 2, 3: message 3: role must be one of " in error
+    assert "got 'usr'; did you mean 'user'? (as in line 1)\n" in error
+    assert "\n  2 rows, lines 4, 5: the chat template drops the tool_calls of message 2;" in error
+
+
+@pytest.fixture
+def chatml(tmp_path, monkeypatch):
+    """The directory of a base model with ChatML's tokens whose template drops tools."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained("chatml")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained("chatml")
+    return "chatml"
+
+
+TOOLS = [{"name": "look"}]
+WITH_TOOLS = {"messages": TURNS, "tools": TOOLS}
+NOTE = "chat template: hermes, because the base model's drops tools\n"
+
+
+def test_init_sets_hermes_if_the_base_models_template_drops_tools(chatml, tmp_path, capsys):
+    call = {"role": "assistant", "tool_calls": [{"name": "look"}]}
+    pair = {"prompt": TURNS[:1], "chosen": [call], "rejected": TURNS[1:], "tools": TOOLS}
+    for name, row in {"chats": WITH_TOOLS, "pairs": pair}.items():
+        file = write_rows(tmp_path / f"{name}.jsonl", *[{**row, "tools": None}] * 101, row)
+        assert main(["init", file, "--base-model", chatml, "--output", name]) == 0
+        assert NOTE in capsys.readouterr().out
+        assert load_run_config(name).jobs[0].data.chat_template == "hermes"
+    assert main(["data", "show", "chats"]) == 0
+    faulty = {"messages": [TURNS[0], {**TURNS[1], "role": "usr"}]}  # whatever the template
+    file = write_rows(tmp_path / "faulty.jsonl", WITH_TOOLS, faulty)
+    assert main(["init", file, "--base-model", chatml]) == 2
+    printed = capsys.readouterr()
+    assert NOTE in printed.out
+    assert "faulty.jsonl, line 2: message 2: role must be" in printed.err
+    file = write_rows(tmp_path / "turns.jsonl", {"messages": TURNS})
+    assert main(["init", file, "--base-model", chatml]) == 0
+    assert NOTE not in capsys.readouterr().out
+    assert load_run_config("run.yaml").jobs[0].data.chat_template is None
+
+
+def test_init_names_hermes_only_where_it_writes_the_row(chatml, tmp_path, capsys):
+    reasoning = {**WITH_TOOLS, "messages": [TURNS[0], {**TURNS[1], "reasoning_content": "hm"}]}
+    file = write_rows(tmp_path / "rows.jsonl", WITH_TOOLS, reasoning)
+    drops = "the chat template drops the tools; set"
+    hermes = "chat_template: hermes (loraloom init: --chat-template hermes)"
+    for words in ([], ["--chat-template", TEMPLATE]):
+        assert main(["init", file, "--base-model", chatml, *words]) == 2
+        printed = capsys.readouterr()
+        assert NOTE not in printed.out
+        assert f"\n  line 1: {drops} {hermes}\n  line 2: {drops} another chat_temp" in printed.err
+
+
+def test_hermes_is_not_proposed_to_a_tokenizer_without_its_tokens(init, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", WITH_TOOLS)
+    error = init(file, "--chat-template", TEMPLATE, code=2)
+    assert "line 1: the chat template drops the tools; set another chat_template" in error
 
 
 def test_choice_questions_need_a_task_file(init, tmp_path):

@@ -29,7 +29,11 @@ CONTRADICTIONS = [
     ({**CHAT, "path": "data"}, "path is not supported for a dataset"),
     ({**CHAT, "template": "alpaca"}, "template is not supported for format chat"),
     ({**TEXT, "chat_template": "hermes"}, "chat_template is not supported for format text"),
-    ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages, tools, system to col"),
+    ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages, prompt, completion, "),
+    (
+        {**CHAT, "fields": {"messages": "t", "completion": "c"}},
+        "fields must map messages, or prompt and completion, got both",
+    ),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix and task, scoring exclude each other"),
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),

@@ -24,6 +24,7 @@ CALLS_ALONE = (
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 USER = {"role": "user", "content": "color?"}
+ANSWER = {"role": "assistant", "content": "blue"}
 BAD_CALL = {"function": {"name": "f", "arguments": "[1]"}}
 
 
@@ -117,6 +118,42 @@ def test_turns_of_sharegpt_become_messages():
         {"role": "assistant", "content": "blue"},
     ]
     assert read.tools == [{"name": "f"}]
+
+
+def test_only_the_answers_of_a_completion_are_learned(tiny_tokenizer):
+    prompt = [USER, {"role": "assistant", "content": "red"}, USER]
+    turns = [{"role": "assistant", "content": "blue"}, USER, {"role": "assistant", "content": "b"}]
+    row = {"prompt": prompt, "completion": turns}
+    for template in (PLAIN, MARKED):
+        (encoded,) = encode(tiny_tokenizer, template, Row(row, "row"))
+        learned = spans(tiny_tokenizer, encoded.pieces[0])
+        assert [text.strip() for text in learned] == ["blue<eos>", "b<eos>"]
+    expected = read_conversation(Row(row, "row"))
+    assert expected.num_prompt_messages == 3
+    texts = {name: json.dumps(messages) for name, messages in row.items()}  # as CSV has them
+    assert read_conversation(Row(texts, "row")) == expected
+    named = Row({"messages": [USER], "asked": prompt, "said": turns}, "row")
+    assert read_conversation(named, {"prompt": "asked", "completion": "said"}) == expected
+    with_system = read_conversation(Row({**row, "system": "Be brief."}, "row"))
+    assert with_system.num_prompt_messages == 4
+    assert read_conversation(Row({**row, "messages": [USER]}, "row")).messages == [USER]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"completion": []}, "line 3: field 'completion' is empty, so there is nothing to learn"),
+        ({"completion": "blue"}, "line 3: field 'completion' must be a list of messages, got str"),
+        ({"completion": [USER]}, "line 3: the conversation has no assistant message to learn from"),
+        ({"prompt": "color?"}, "line 3: field 'prompt' must be a list of messages, got str"),
+        ({"chat_template_kwargs": [1]}, r"'chat_template_kwargs' must be an object, got \[1\]"),
+        ({"chat_template_kwargs": {"tools": 1}}, "must not set tools; remove tools"),
+    ],
+)
+def test_a_prompt_and_completion_of_another_form_are_refused(tiny_tokenizer, fields, message):
+    row = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER], **fields}
+    with pytest.raises(DataError, match=message):
+        encode(tiny_tokenizer, PLAIN, Row(row, "chat.jsonl, line 3"))
 
 
 def test_a_system_prompt_is_in_one_place():

@@ -3,6 +3,7 @@
 Where trl has a family's template it is taken from there; the others are in the family's format.
 """
 
+import json
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from trl import apply_chat_template
 from trl import chat_template_utils as trl
 
 from loraloom.config.data import TOOL_TEMPLATE
@@ -19,6 +21,7 @@ from loraloom.data.templates import ChatTemplate
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from tests.conftest import build_tokenizer
+from tests.data.encoded import encode
 
 _FILE = yaml.safe_load(Path(__file__).with_name("conversations.yaml").read_text())
 KINDS = _FILE["conversations"]
@@ -61,7 +64,9 @@ def train_with_trl(family: str, kind: str) -> Example:
     """The tokens of a conversation as trl trains on them."""
     tokenizer, conversation = build_tokenizer(), read_conversation(Row(KINDS[kind], "row"))
     how = {"return_dict": True, "return_assistant_tokens_mask": True}
-    encoding = tokenizer.apply_chat_template(*conversation, chat_template=TRAINING[family], **how)
+    encoding = tokenizer.apply_chat_template(
+        conversation.messages, conversation.tools, chat_template=TRAINING[family], **how
+    )
     marks = zip(encoding["input_ids"], encoding["assistant_masks"], strict=True)
     labels = tuple(token if mark else NO_LOSS for token, mark in marks)
     return Example(tuple(encoding["input_ids"]), labels)
@@ -98,7 +103,35 @@ def test_a_conversation_is_written_as_transformers_writes_it(family, kind, for_a
     template = ChatTemplate(tokenizer)
     ours = rendered(lambda: template.render(conversation, for_answer=for_answer))
     how = {"tokenize": False, "add_generation_prompt": for_answer}
-    assert ours == rendered(lambda: tokenizer.apply_chat_template(*conversation, **how))
+    messages, tools = conversation.messages, conversation.tools
+    assert ours == rendered(lambda: tokenizer.apply_chat_template(messages, tools, **how))
+
+
+PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "sky?"}]
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+ANSWERS = {
+    role: [{"role": "assistant", "content": content}]
+    for role, content in {"completion": "blue", "chosen": "blue", "rejected": "no"}.items()
+}
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize(
+    ("data_format", "roles"),
+    [("chat", ["completion"]), ("preference", ["chosen", "rejected"])],
+)
+def test_prompts_and_answers_of_messages_are_learned_as_trl_writes_them(data_format, roles, thinks):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = FAMILIES["qwen3"]
+    asked = [*PROMPT, {"role": "assistant", "content": "?"}, {"role": "user", "content": "sky?"}]
+    row = {"prompt": asked, **{role: ANSWERS[role] for role in roles}}
+    row["chat_template_kwargs"] = {"enable_thinking": thinks}
+    expected = apply_chat_template(row, tokenizer, tools=TOOLS)
+    row["tools"] = json.dumps(TOOLS)
+    (encoded,) = encode(tokenizer, [Row(row, "row")], 4096, format=data_format)
+    for role, piece in zip(roles, encoded.pieces, strict=True):
+        assert tokenizer.decode(piece.input_ids) == expected["prompt"] + expected[role]
+        assert spans([piece]) == [expected[role]]
 
 
 def rendered(render: Callable[[], Any]) -> str:

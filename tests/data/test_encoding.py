@@ -70,7 +70,9 @@ def test_bad_rows_are_reported_together(tiny_tokenizer, tmp_path):
     texts = [{"prompt": "a" * n, "chosen": " yes", "rejected": f" {n}"} for n in range(20)]
     messages = {"chosen": chat(1), "rejected": chat(2)}  # rows of another kind than the first
     file = write_rows(tmp_path / "rows.jsonl", *texts, *[messages] * 10)
-    with pytest.raises(DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has "):
+    with pytest.raises(
+        DataError, match=r"10 of 30 rows .*\n  10 rows, lines 21, .*, 30: the row has "
+    ):
         load(tiny_tokenizer, file, "preference")
     with pytest.raises(DataError, match="line 1: preferences between strings do not"):
         load(tiny_tokenizer, file, "preference", chat_template=PLAIN)
@@ -88,7 +90,7 @@ def test_a_template_writes_the_prompts_of_preferences_between_strings(tiny_token
     assert load(tiny_tokenizer, file, "preference", template=template) == expected
     missing = "{{ nothing }}"
     with pytest.raises(
-        DataError, match="line 1: the prompt template can't be filled in: 'nothing'"
+        DataError, match="lines 1, 2: the prompt template can't be filled in: 'nothing'"
     ):
         load(tiny_tokenizer, file, "preference", template=missing)
     messages = write_rows(tmp_path / "chat.jsonl", {"chosen": chat(1), "rejected": chat(2)})

@@ -130,6 +130,23 @@ def test_the_form_of_prompts_is_that_of_the_data(tmp_path, tiny_tokenizer, setti
     assert prompt_form(mix, tiny_tokenizer) == form
 
 
+def test_variables_that_all_rows_share_are_set_in_the_form_of_prompts(tmp_path, tiny_tokenizer):
+    source = "\n{{ tone }} {% if not loud %}{{ messages[0].content }}{% endif %}"
+    tiny_tokenizer.chat_template = source
+    tone = 'a "b" %} {{ c'
+    row = {"messages": CHAT, "chat_template_kwargs": {"tone": tone, "loud": False}}
+    path = write_rows(tmp_path / "rows.jsonl", row, row)
+    data = DataConfig.model_validate({"dataset": path, "format": "chat"})
+    form = prompt_form(data, tiny_tokenizer)
+    conversation = Conversation(CHAT)
+    written = ChatTemplate(tiny_tokenizer, form.chat_template).render(conversation)
+    assert written == f"\n{tone} {CHAT[0]['content']}"
+    expected = conversation._replace(variables=row["chat_template_kwargs"])
+    assert written == ChatTemplate(tiny_tokenizer).render(expected)
+    write_rows(tmp_path / "rows.jsonl", row, {"messages": CHAT})
+    assert prompt_form(data, tiny_tokenizer).chat_template is None
+
+
 def test_prompts_of_tasks_are_read_as_they_are(tiny_tokenizer):
     form = prompt_form(DataConfig.model_validate({"task": "boolq"}), tiny_tokenizer)
     assert (form.format, form.is_text) == ("task", True)

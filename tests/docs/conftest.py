@@ -45,12 +45,13 @@ def models(tmp_path_factory):
     (examples / "skills.yaml").write_text(run_file.replace("16, max_steps: 20", "4, max_steps: 2"))
     rows = (examples / "support.jsonl").read_text().splitlines(keepends=True)
     (examples / "support.jsonl").write_text("".join(rows[:80]))
-    sizes = {"vocab_size": 300, "max_position_embeddings": 512}
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     sizes |= {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 4-bit weights
     model = tiny_model(dtype=torch.float32, **sizes)
     model.generation_config.eos_token_id = [*range(2, 60)]  # answers are short
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
     for name in MODELS:
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)

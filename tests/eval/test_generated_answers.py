@@ -77,6 +77,9 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
     data = {"dataset": path, "format": "chat", "on_empty": "skip"}
     ((index, prompt, reference),) = load_answer_set(task(metric="contains", data=data)).rows
     assert (index, list(prompt.content), reference) == (0, [*turns, turns[1]], "a")
+    write_rows(tmp_path / "chat.jsonl", {"prompt": chats[0], "completion": [turns[2]]})
+    ((_, prompt, reference),) = load_answer_set(task(metric="contains", data=data)).rows
+    assert (list(prompt.content), reference) == (chats[0], "a")
     with pytest.raises(ConfigError, match="have no splits"):
         load_question_sets(["skills", task(metric="contains", data=data)], split="test")
 

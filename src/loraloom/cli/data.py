@@ -91,7 +91,10 @@ def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceCon
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Lines of a row: its sizes, its tokens, and `^` under those that are learned."""
     if not row.pieces:
-        yield f"\n{name}: {row.fault or 'dropped, because the answer exceeds max_length'}"
+        reason = "dropped, because the answer exceeds max_length"
+        if row.fault is not None:
+            reason = row.fault.reason
+        yield f"\n{name}: {reason}"
     num_pieces = len(row.pieces)
     for number, piece in enumerate(row.pieces, start=1):
         title = f"{name}, text {number} of {num_pieces}" if num_pieces > 1 else name

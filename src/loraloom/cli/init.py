@@ -5,6 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median
@@ -19,9 +20,18 @@ from loraloom.cli.data import row_lines
 from loraloom.config.data import DataFormat, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
+from loraloom.data.chat import are_messages
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of, find_location
-from loraloom.data.templates import compile_template, render
+from loraloom.data.sources import (
+    HubSource,
+    Row,
+    RowStream,
+    check_faults,
+    fields_of,
+    fields_of_all,
+    find_location,
+)
+from loraloom.data.templates import HERMES, accepts_hermes, compile_template, render
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console, show_progress
@@ -29,9 +39,11 @@ from loraloom.terminal import make_console, show_progress
 # one comes before those whose columns its rows may have as well
 ROW_FORMATS = ("preference", "chat", "choices", "instruction", "text")
 
-_OPTIONAL = {"prompt", "tools", "system", "input"}
-_RARE = {"tools", "system", "input", "context"}  # columns that count even if few rows have them
+_OPTIONAL = {"prompt", "tools", "system", "input", "chat_template_kwargs"}
+# Columns that count even if few rows have them.
+_RARE = {"tools", "system", "input", "context", "chat_template_kwargs"}
 _FIRST_ROWS = 1000  # which show the columns
+_TEMPLATE_ROWS = 100  # which show whether a chat template drops tools
 _MAX_LENGTH = 2048
 _COUNTED_ROWS = 1000  # at most, whose tokens' experts are counted
 _ADVICE = "Name the format with --format, and the columns of its roles with --column ROLE=COLUMN"
@@ -62,7 +74,8 @@ def init(
         base_model: Hub ID, directory or .gguf file of the base model.
         row_format: Format of the rows, if their columns have unusual names.
         column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
-        chat_template: Jinja text or file for conversations, if the base model has none.
+        chat_template: Jinja text or file for conversations, or hermes for ChatML with tools.
+            Default: the base model's chat template, or hermes if that drops tools.
         on_empty: Skip rows with an empty answer, or report an error (the default).
         expert_share: Adapt the experts of a mixture-of-experts base model, and only those that
             compute this share of the rows' tokens in each layer: 0.5, for example. The base model
@@ -87,6 +100,8 @@ def init(
     tokenizer = load_tokenizer(base_model)
     max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
     encoder = SourceEncoder(checked(SourceConfig, data), tokenizer, max_length)
+    encoder = _replace_template(console, encoder, rows)
+    data |= encoder.config.model_dump(include={"chat_template"}, exclude_none=True)
     encoded = encoder.load("train")
     sizes = _measure(encoded, encoder.max_length)
     targets = {}
@@ -118,6 +133,28 @@ def _choose_columns(
     console.print(plain(f"columns: {used}"))
     console.print(plain(f"not used: {unused or 'none'}"))
     return row_format, columns
+
+
+def _replace_template(
+    console: Console, encoder: SourceEncoder, rows: Sequence[Row]
+) -> SourceEncoder:
+    """Use `hermes` in place of a chat template that drops the tools of rows."""
+    config = encoder.config
+    is_chat = config.format in ("chat", "preference")
+    if not is_chat or config.chat_template is not None or not accepts_hermes(encoder.tokenizer):
+        return encoder
+    first = fields_of_all(rows)
+    with_tools_first = sorted(rows, key=lambda row: not row.get(config.columns["tools"]))
+    sample = with_tools_first[:_TEMPLATE_ROWS]
+    encoded = encoder.encode(sample, first)
+    if not any(row.drops_tools for row in encoded):
+        return encoder
+    candidate = replace(encoder, config=config.model_copy(update={"chat_template": HERMES}))
+    for row, other in zip(encoded, candidate.encode(sample, first), strict=True):
+        if other.fault not in (None, row.fault):
+            return encoder  # it drops something else
+    console.print(f"chat template: {HERMES}, because the base model's drops tools")
+    return candidate
 
 
 def _busiest_experts(
@@ -197,7 +234,7 @@ def first_rows(location: Path | HubSource, split: str = "train") -> list[Row]:
     rows = list(islice(stream.rows(), _FIRST_ROWS))
     readable = [row for row in rows if not row.fault]
     if not readable:
-        check_faults({row.origin: row.fault for row in rows}, len(rows))
+        check_faults({row.origin: row.fault for row in rows if row.fault}, len(rows))
     return readable
 
 
@@ -212,26 +249,39 @@ def find_columns(
             usual[name.strip().lower()] = name
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
     row_formats: list[Any] = [name for name in names if name in formats]
-    for row_format in row_formats:
-        roles: dict[str, list[str]] = formats[row_format]
-        columns = {**fields}
-        for role in roles:
-            matches = [usual[name] for name in roles[role] if name in usual]
-            free = [name for name in matches if name not in columns.values()]
-            if free and role not in fields:
-                columns[role] = free[0]
+    forms = [(name, roles) for name in row_formats for roles in formats[name]]
+    for row_format, roles in forms:
+        columns = _match_roles(roles, usual, fields)
         if not roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
+            continue
+        if "completion" in roles and not _has_messages(rows, columns["completion"]):
             continue
         if row_format == "choices":
             raise ConfigError(
                 f"{file} has choices. Name a task, or write a task file: see docs/result_files.md"
             )
         return row_format, columns
-    required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
+    required = [f"\n  {name}: {', '.join(roles)}" for name, roles in forms]
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
         f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
+
+
+def _match_roles(
+    roles: Mapping[str, Sequence[str]], usual: Mapping[str, str], fields: Mapping[str, str]
+) -> dict[str, str]:
+    columns = {**fields}
+    for role, names in roles.items():
+        matches = [usual[name] for name in names if name in usual]
+        free = [name for name in matches if name not in columns.values()]
+        if free and role not in fields:
+            columns[role] = free[0]
+    return columns
+
+
+def _has_messages(rows: Sequence[Row], column: str) -> bool:
+    return are_messages(next((row[column] for row in rows if row.get(column)), None))
 
 
 def infer_source(

@@ -40,9 +40,9 @@ MAX_LENGTH = 512
 # What a row of each format is made of: the keys that `fields` may map to columns.
 FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
-    "chat": ("messages", "tools", "system"),
+    "chat": ("messages", "prompt", "completion", "tools", "system", "chat_template_kwargs"),
     "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected"),
+    "preference": ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs"),
 }
 
 # Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
@@ -248,6 +248,8 @@ class _SourceFields(StrictModel):
             unknown = [repr(role) for role in sorted(self.fields) if role not in roles]
             if unknown:
                 yield f"fields must map {', '.join(roles)} to columns, got {', '.join(unknown)}"
+            if "messages" in self.fields and {"prompt", "completion"} & self.fields.keys():
+                yield "fields must map messages, or prompt and completion, got both"
 
 
 class SourceConfig(_SourceFields):

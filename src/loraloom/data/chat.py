@@ -2,6 +2,8 @@
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
+{"prompt": [{"role": "user", "content": "Hi"}],
+ "completion": [{"role": "assistant", "content": "Hello!"}]}
 
 An answer is learned after just the text that asks for it. Where a template writes it differently
 once more turns follow (without its reasoning, say), a conversation is learned in several texts.
@@ -9,23 +11,31 @@ once more turns follow (without its reasoning, say), a conversation is learned i
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import did_you_mean
 from loraloom.config.text import parse_json
-from loraloom.data.sources import Row, without_nulls
-from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
+from loraloom.data.sources import Row, RowError, without_nulls
+from loraloom.data.templates import (
+    HERMES,
+    ChatTemplate,
+    Conversation,
+    Marked,
+    Message,
+    accepts_hermes,
+    given_source,
+)
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
-# What a template may leave out, a conversation with it and one without.
-_Omission = tuple[str, Conversation, Conversation]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USUAL_COLUMNS = ("messages", "conversations", "conversation")
+_MESSAGES_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|content)"')  # as CSV has them
+# What rendering itself sets.
+_FIXED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("role", "content", "name")
 # Roles, and what a message of each may have.
@@ -50,19 +60,77 @@ _SHAREGPT_ROLES = {
 }
 
 
+class DroppedToolsError(RowError):
+    """A chat template drops the tools of a row, or calls of them, which `hermes` would write."""
+
+
+class Omission(NamedTuple):
+    """What a template may leave out, with a conversation that has it, and one that does not."""
+
+    omitted: str
+    complete: Conversation
+    reduced: Conversation
+    message: int | None = None
+    detail: str = ""
+    is_of_tools: bool = False
+
+    @property
+    def kind(self) -> str:
+        return f"{self.omitted}{self.detail}"
+
+    @property
+    def name(self) -> str:
+        if self.message is None:
+            return self.kind
+        return f"{self.omitted} of message {self.message + 1}{self.detail}"
+
+    def is_unnoticed(self, template: ChatTemplate) -> bool:
+        try:
+            return template.render(self.complete) == template.render(self.reduced)
+        except TemplateError:
+            return False
+
+
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
+    """Read the messages of a row, or its prompt and completion, which alone is learned."""
     names = columns or {}
-    default = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), "messages")
-    messages = read_messages(row, names.get("messages") or default)
+    messages, num_prompt_messages = _read_turns(row, names)
     system = names.get("system", "system")
     if row.get(system):
         message = {"role": "system", "content": row.text(system)}
         first = messages[0]
         if first["role"] != "system":
             messages.insert(0, message)
+            num_prompt_messages += num_prompt_messages > 0
         elif first["content"] != message["content"]:
             row.reject(f"a system message must be in field {system!r} or in the messages")
-    return Conversation(messages, read_tools(row, names.get("tools", "tools")))
+    tools = read_tools(row, names.get("tools", "tools"))
+    variables = read_variables(row, names.get("chat_template_kwargs", "chat_template_kwargs"))
+    return Conversation(messages, tools, num_prompt_messages, variables)
+
+
+def _read_turns(row: Row, names: Mapping[str, str]) -> tuple[list[Message], int]:
+    """Read all messages of a row, and count those of its prompt."""
+    usual = next((name for name in _USUAL_COLUMNS if row.get(name) is not None), None)
+    has_messages = "messages" in names or usual is not None
+    is_named = "prompt" in names or "completion" in names
+    if is_named or (not has_messages and "completion" in row):
+        prompt = read_messages(row, names.get("prompt", "prompt"))
+        return prompt + read_answer(row, names.get("completion", "completion")), len(prompt)
+    return read_messages(row, names.get("messages") or usual or "messages"), 0
+
+
+def are_messages(value: object) -> bool:
+    """Whether the value of a column is a list of messages, or the JSON text of a list."""
+    if isinstance(value, str):
+        return _MESSAGES_TEXT.match(value) is not None
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def read_answer(row: Row, field: str) -> list[Message]:
+    if not row[field]:
+        row.answer(field)  # an error
+    return read_messages(row, field)
 
 
 def read_messages(row: Row, field: str) -> list[Message]:
@@ -71,7 +139,7 @@ def read_messages(row: Row, field: str) -> list[Message]:
         turns = _parse(row, f"field {field!r}", turns)
     if not isinstance(turns, list) or not turns:
         expected = f"field {field!r} must be a list of messages"
-        row.reject(f"{expected}, got {type(turns).__name__}; name its column with fields")
+        row.reject(f"{expected}, got {type(turns).__name__}; name its column with fields", expected)
     return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
@@ -85,9 +153,24 @@ def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
     return without_nulls(tools)
 
 
+def read_variables(row: Row, field: str) -> dict[str, Any] | None:
+    """Read the variables of the chat template that a row sets, such as `enable_thinking`."""
+    variables = _parse(row, f"field {field!r}", row.get(field))
+    if not variables:
+        return None
+    if not isinstance(variables, Mapping):
+        expected = f"field {field!r} must be an object"
+        row.reject(f"{expected}, got {shown(variables)}", expected)
+    fixed = sorted(_FIXED_VARIABLES & variables.keys())
+    if fixed:
+        row.reject(f"field {field!r} must not set {', '.join(fixed)}; remove {fixed[0]}")
+    return without_nulls(variables)
+
+
 def _read_message(row: Row, number: int, turn: Any) -> Message:
     if not isinstance(turn, Mapping):
-        row.reject(f"message {number} must be an object, got {type(turn).__name__}")
+        reason = f"message {number} must be an object, got {type(turn).__name__}"
+        row.reject(reason, "a message must be an object")
     # tables put a null where an object lacks a key of others
     fields = {key: value for key, value in turn.items() if value is not None}
     message = Row(fields, f"{row.origin}, message {number}")
@@ -96,7 +179,8 @@ def _read_message(row: Row, number: int, turn: Any) -> Message:
     role = message.text("role")
     if role not in _KEYS:
         hint = did_you_mean(role, _KEYS)
-        message.reject(f"role must be one of {', '.join(_KEYS)}, got {shown(role)}{hint}")
+        expected = f"role must be one of {', '.join(_KEYS)}"
+        message.reject(f"{expected}, got {shown(role)}{hint}", expected)
     _check_keys(message, _KEYS[role], f"a message of role {role!r}")
     read: Message = {}
     for key in ("role", "name", "tool_call_id"):
@@ -121,7 +205,8 @@ def _from_sharegpt(turn: Row) -> Row:
     _check_keys(turn, ("from", "value"), "a turn with 'from'")
     speaker = turn.text("from")
     if speaker not in _SHAREGPT_ROLES:
-        turn.reject(f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}, got {shown(speaker)}")
+        expected = f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}"
+        turn.reject(f"{expected}, got {shown(speaker)}", expected)
     role = _SHAREGPT_ROLES[speaker]
     value = turn.get("value", "") if role == "assistant" else turn["value"]
     if speaker != "function_call":
@@ -179,15 +264,17 @@ def _check_keys(message: Row, allowed: tuple[str, ...], name: str) -> None:
 
 
 def _parse(row: Row, name: str, value: Any) -> Any:
-    if isinstance(value, str) and value.strip():
-        return parse_json(value, f"{row.origin}, {name}", DataError)
-    return value
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return parse_json(value, name, DataError)
+    except DataError as error:
+        row.reject(str(error), f"{name} must be JSON")
 
 
-def learn_answers(
-    template: ChatTemplate, row: Row, conversation: Conversation, first: int = 0
-) -> list[Example]:
-    """A conversation in full length: loss on the assistant's turns from message `first` on."""
+def learn_answers(template: ChatTemplate, row: Row, conversation: Conversation) -> list[Example]:
+    """A conversation in full length: loss on the assistant's turns after the prompt."""
+    first = conversation.num_prompt_messages
     roles = [message["role"] for message in conversation.messages]
     turns = [turn for turn, role in enumerate(roles) if role == "assistant" and turn >= first]
     if not turns:
@@ -195,12 +282,9 @@ def learn_answers(
     if turns[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for name, with_it, without in _omissions(conversation, first):
-            with suppress(TemplateError):
-                if template.render(with_it) == template.render(without):
-                    row.reject(f"the chat template drops {name}; set another chat_template")
+        _check_omissions(template, row, conversation)
         if _GENERATION_TAG.search(template.source(conversation.tools)):
-            texts = [_marked_text(template, row, conversation, first)]
+            texts = [_marked_text(template, row, conversation)]
         else:
             texts = _answered_texts(template, row, conversation, turns)
     except TemplateError as error:
@@ -208,8 +292,28 @@ def learn_answers(
     return [_learn_spans(template.tokenizer, text) for text in texts]
 
 
-def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: int) -> Marked:
+def _check_omissions(template: ChatTemplate, row: Row, conversation: Conversation) -> None:
+    for omission in _omissions(conversation):
+        if not omission.is_unnoticed(template):
+            continue
+        reason = f"the chat template drops {omission.name}"
+        kind = f"the chat template drops {omission.kind}"
+        if omission.is_of_tools and _is_written_by_hermes(template.tokenizer, conversation):
+            advice = f"set chat_template: {HERMES} (loraloom init: --chat-template {HERMES})"
+            raise DroppedToolsError(f"{row.origin}: {reason}; {advice}", f"{kind}; {advice}")
+        row.reject(f"{reason}; set another chat_template", kind)
+
+
+def _is_written_by_hermes(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> bool:
+    if not accepts_hermes(tokenizer):
+        return False
+    template = ChatTemplate(tokenizer, given_source(tokenizer, HERMES))
+    return not any(omission.is_unnoticed(template) for omission in _omissions(conversation))
+
+
+def _marked_text(template: ChatTemplate, row: Row, chat: Conversation) -> Marked:
     text, marks = template.render_with_marks(chat)
+    first = chat.num_prompt_messages
     if first:
         start = count_shared(text, template.render(chat.until(first)))
         marks = [mark for mark in marks if mark[0] >= start]
@@ -232,7 +336,8 @@ def _answered_texts(
             row.reject(
                 f"the generation prompt for message {turn + 1} continues with "
                 f"{shown(prompt[shared:])}, but the rendered answer with "
-                f"{shown(answered[shared : shared + 30])}; set another chat_template"
+                f"{shown(answered[shared : shared + 30])}; set another chat_template",
+                kind="the generation prompt continues unlike the rendered answer",
             )
     closing = template.closing()
     texts: list[Marked] = []
@@ -265,32 +370,35 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
-def omitted_tools(conversation: Conversation) -> Iterator[_Omission]:
+def omitted_tools(conversation: Conversation) -> Iterator[Omission]:
     if conversation.tools:
-        yield "the tools", conversation, conversation._replace(tools=None)
+        without = conversation._replace(tools=None)
+        yield Omission("the tools", conversation, without, is_of_tools=True)
     for index, message in enumerate(conversation.messages):
         if message.get("tool_calls"):
             without = conversation.changed(index, tool_calls=[])
-            yield f"the tool_calls of message {index + 1}", conversation, without
+            yield Omission("the tool_calls", conversation, without, index, is_of_tools=True)
 
 
-def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
+def _omissions(conversation: Conversation) -> Iterator[Omission]:
     yield from omitted_tools(conversation)
     for index, message in enumerate(conversation.messages):
         role = message["role"]
         content = message["content"]
-        name = f"of message {index + 1}"
         # of earlier answers, templates leave out reasoning and what is beside calls on purpose
         within = conversation.until(index + 1) if role == "assistant" else conversation
         changed = within.changed(index, content=f"{content}?")
         if message.get("tool_calls") and content.strip():
-            yield f"the content {name}, next to its tool_calls", within, changed
+            detail = ", next to its tool_calls"
+            yield Omission("the content", within, changed, index, detail)
         elif role not in ("user", "assistant"):
-            yield f"the content {name}, of role {role!r}", within, changed
-        if role == "assistant" and index >= first:
+            yield Omission("the content", within, changed, index, f", of role {role!r}")
+        if role == "assistant" and index >= conversation.num_prompt_messages:
             if "reasoning_content" in message:
                 silent = within.changed(index, reasoning_content="")
-                yield f"the reasoning {name}", within, silent
+                yield Omission("the reasoning", within, silent, index)
             elif "</think>" in content:
                 answer = content.rpartition("</think>")[2]
-                yield f"the reasoning {name}", within, within.changed(index, content=answer)
+                yield Omission(
+                    "the reasoning", within, within.changed(index, content=answer), index
+                )

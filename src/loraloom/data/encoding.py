@@ -1,5 +1,6 @@
 """Sources of training data: rows, encoded as their format says, and how prompts are written."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, token_cache, tokens
-from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
-from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
+from loraloom.data.chat import (
+    DroppedToolsError,
+    learn_answers,
+    read_answer,
+    read_conversation,
+    read_messages,
+    read_tools,
+    read_variables,
+)
+from loraloom.data.sources import EmptyAnswerError, Fault, HubSource, Row, RowError, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation, Message
 from loraloom.data.tokens import EncodedRow, Example, TextPair
@@ -139,12 +148,14 @@ class SourceEncoder:
         data_format = self.config.format or "text"
         if data_format == "chat":
             chat = read_conversation(row, self.config.fields)
-            messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
-            return {"content": tuple(messages), "tools": chat.tools}
+            prompt = chat.messages[: chat.num_prompt_messages]
+            others = chat.messages[chat.num_prompt_messages :]
+            asked = takewhile(lambda message: message["role"] != "assistant", others)
+            return {"content": (*prompt, *asked), "tools": chat.tools}
         if data_format == "preference":
             messages = _messages_before_answers(row, columns)
             if messages is not None:
-                return {"content": tuple(messages), "tools": read_tools(row, "tools")}
+                return {"content": tuple(messages), "tools": read_tools(row, columns["tools"])}
         column = columns["prompt" if data_format == "preference" else data_format]
         text = row.answer(column) if data_format == "text" else row.text(column)
         context = row.get(columns["input"]) if "input" in columns else None
@@ -229,20 +240,21 @@ class SourceEncoder:
 
         They follow the messages of `prompt` or, without one, the messages that both share.
         """
-        chosen = _read_answer(row, columns["chosen"])
-        rejected = _read_answer(row, columns["rejected"])
-        first = tokens.count_shared(chosen, rejected)
+        chosen = read_answer(row, columns["chosen"])
+        rejected = read_answer(row, columns["rejected"])
+        num_prompt_messages = tokens.count_shared(chosen, rejected)
         if isinstance(row.get(columns["prompt"]), list):
             prompt = read_messages(row, columns["prompt"])
-            first = len(prompt)
+            num_prompt_messages = len(prompt)
             chosen, rejected = prompt + chosen, prompt + rejected
         elif chosen == rejected:
             row.reject("chosen and rejected are the same; remove the row, or name its prompt")
-        tools = read_tools(row, "tools")
+        tools = read_tools(row, columns["tools"])
+        variables = read_variables(row, columns["chat_template_kwargs"])
         learned: list[Example] = []
         for messages in (chosen, rejected):
-            conversation = Conversation(messages, tools)
-            texts = learn_answers(self._chat_template, row, conversation, first)
+            conversation = Conversation(messages, tools, num_prompt_messages, variables)
+            texts = learn_answers(self._chat_template, row, conversation)
             if len(texts) > 1:
                 row.reject(
                     "an answer of several turns must be one text, and the chat template writes its "
@@ -280,12 +292,6 @@ def _messages_before_answers(row: Row, columns: Mapping[str, str]) -> Sequence[M
     return content
 
 
-def _read_answer(row: Row, column: str) -> list[Message]:
-    if not row[column]:
-        row.answer(column)  # an error
-    return read_messages(row, column)
-
-
 def _read_texts(
     columns: Mapping[str, str], template: Template | None, row: Row
 ) -> tuple[TextPair, TextPair]:
@@ -313,11 +319,14 @@ def _encode_each(
         try:
             items.append(read(row))
         except DataError as error:
-            fault = str(error).removeprefix(plain(row.origin)).lstrip(":, ")
-            if fault == str(error):
+            reason = str(error).removeprefix(plain(row.origin)).lstrip(":, ")
+            if reason == str(error):
                 raise
+            kind = error.kind if isinstance(error, RowError) else reason
             is_empty = isinstance(error, EmptyAnswerError)
-            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty)
+            drops_tools = isinstance(error, DroppedToolsError)
+            fault = Fault(reason, kind)
+            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty, drops_tools=drops_tools)
     encoded = iter(encode(items))
     return [faulty.get(index) or next(encoded) for index in range(len(rows))]
 
@@ -344,6 +353,7 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
         return PromptForm(format="instruction", template=template)
     systems: set[str | None] = set()
+    variables: set[str | None] = set()
     encoder = SourceEncoder(source, tokenizer, 0)
     # of a stream only the beginning is known
     for row in islice(encoder.open("train").rows(), STREAM_ROWS if data.streaming else None):
@@ -353,9 +363,22 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
             if not isinstance(content, str):
                 has_system = content and content[0]["role"] == "system"
                 systems.add(content[0]["content"] if has_system else None)
+                row_variables = read_variables(row, source.columns["chat_template_kwargs"])
+                text = json.dumps(row_variables, sort_keys=True)
+                variables.add(text if row_variables else None)
             elif not systems:
                 return PromptForm(format="preference")  # the first prompt that there is
-        if len(systems) > 1 or None in systems:
+        if systems and _shared_value(systems) is None and _shared_value(variables) is None:
             break
-    system = systems.pop() if len(systems) == 1 else None
-    return PromptForm(format="chat", chat_template=encoder.chat_source, system=system)
+    chat_template = encoder.chat_source
+    shared_variables = _shared_value(variables)
+    if shared_variables is not None:
+        chat_template = templates.with_variables(
+            ChatTemplate(tokenizer, chat_template).source(), json.loads(shared_variables)
+        )
+    system = _shared_value(systems)
+    return PromptForm(format="chat", chat_template=chat_template, system=system)
+
+
+def _shared_value(values: set[str | None]) -> str | None:
+    return next(iter(values)) if len(values) == 1 else None

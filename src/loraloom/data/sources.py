@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from loraloom.config.data import is_data_file
 from loraloom.config.fields import suggestion
@@ -30,34 +30,54 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MAX_NAMES = 20
 
 
-class EmptyAnswerError(DataError):
+class Fault(NamedTuple):
+    """Why a row can't be used; the kind is the reason without the values of this row."""
+
+    reason: str
+    kind: str
+
+
+class RowError(DataError):
+    """A row can't be used."""
+
+    def __init__(self, message: str = "", kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
+
+
+class EmptyAnswerError(RowError):
     """A row has nothing to learn where its answer should be."""
 
 
 class Row(dict[str, Any]):
     """A row's fields, with its file and line; `fault` says why it could not be read, if so."""
 
-    def __init__(self, fields: Mapping[str, Any], origin: str, fault: str = ""):
+    def __init__(self, fields: Mapping[str, Any], origin: str, fault: Fault | None = None):
         super().__init__(fields)
         self.origin = origin
         self.fault = fault
 
     def __missing__(self, name: str) -> NoReturn:
-        reason = f"the row has no field {name!r}; its fields are {fields_of(self)}"
-        self.reject(self.fault or reason)
+        if self.fault is not None:
+            self.reject(self.fault.reason, self.fault.kind)
+        missing = f"the row has no field {name!r}"
+        self.reject(f"{missing}; its fields are {fields_of(self)}", missing)
 
-    def reject(self, reason: str) -> NoReturn:
-        raise DataError(f"{self.origin}: {reason}")
+    def reject(self, reason: str, kind: str = "") -> NoReturn:
+        """Raise an error; its kind is needed if the reason quotes values of the row."""
+        raise RowError(f"{self.origin}: {reason}", kind or reason)
 
     def reject_empty(self, reason: str) -> NoReturn:
         advice = "fill it in, remove the row, or set on_empty: skip"
-        raise EmptyAnswerError(f"{self.origin}: {reason}; {advice}")
+        raise EmptyAnswerError(f"{self.origin}: {reason}; {advice}", reason)
 
     def text(self, name: str) -> str:
         value = self[name]
-        if not isinstance(value, str):
-            self.reject(f"field {name!r} must be a string, got {shown(value)}; use quotes")
-        return value
+        if isinstance(value, str):
+            return value
+        expected = f"field {name!r} must be a string"
+        advice = "use quotes" if isinstance(value, bool | int | float) else "write a text"
+        self.reject(f"{expected}, got {shown(value)}; {advice}", f"{expected}; {advice}")
 
     def answer(self, name: str) -> str:
         text = ""
@@ -68,28 +88,36 @@ class Row(dict[str, Any]):
         return text
 
 
-def check_faults(faults: Mapping[str, str], num_rows: int) -> None:
+def check_faults(faults: Mapping[str, Fault], num_rows: int) -> None:
     """Refuse rows that can't be used, by their origins, all of them in one message."""
     if not faults:
         return
     if len(faults) == 1:
         ((origin, fault),) = faults.items()
-        raise DataError(f"{origin}: {fault}")
+        raise DataError(f"{origin}: {fault.reason}")
     file = ""
-    rows_of_fault = defaultdict[str, list[str]](list)
+    reasons_of_kind = defaultdict[str, dict[str, str]](dict)
     for origin, fault in faults.items():
         file, _, row = origin.rpartition(", ")
-        rows_of_fault[fault].append(row)
+        reasons_of_kind[fault.kind][row] = fault.reason
     lines = [f"{file}: {len(faults)} of {num_rows} rows can't be used:"]
-    for fault, rows in islice(rows_of_fault.items(), _MAX_NAMES):
-        unit = rows[0].split()[0]  # line or row
-        plural = "s" if len(rows) > 1 else ""
-        numbers = names_in([row.split()[1] for row in rows], _MAX_NAMES)
-        lines.append(f"  {unit}{plural} {numbers}: {fault}")
-    num_left = len(rows_of_fault) - _MAX_NAMES
+    for reasons in islice(reasons_of_kind.values(), _MAX_NAMES):
+        lines.append(f"  {_describe_rows(reasons)}")
+    num_left = len(reasons_of_kind) - _MAX_NAMES
     if num_left > 0:
         lines.append(f"  and {num_left} other faults")
     raise DataError("\n".join(lines))
+
+
+def _describe_rows(reasons: Mapping[str, str]) -> str:
+    """Describe rows with a fault of the same kind, by the reason of the first."""
+    first, reason = next(iter(reasons.items()))
+    if len(reasons) == 1:
+        return f"{first}: {reason}"
+    unit = first.split()[0]  # line or row
+    numbers = names_in([row.split()[1] for row in reasons], _MAX_NAMES)
+    text = f"{len(reasons)} rows, {unit}s {numbers}: {reason}"
+    return text if len({*reasons.values()}) == 1 else f"{text} (as in {first})"
 
 
 def fields_of(row: Mapping[str, Any]) -> str:
@@ -137,11 +165,12 @@ def _rows_of(path: Path) -> Iterator[Row]:
                 origin = f"{path}, {position}"
                 if isinstance(value, dict):
                     yield Row(value, origin)
-                elif isinstance(value, DataError):
-                    yield Row({}, origin, str(value))
+                elif isinstance(value, Fault):
+                    yield Row({}, origin, value)
                 else:
-                    kind = type(value).__name__
-                    yield Row({}, origin, f"a row must be a JSON object, got {kind}")
+                    expected = "a row must be a JSON object"
+                    reason = f"{expected}, got {type(value).__name__}"
+                    yield Row({}, origin, Fault(reason, expected))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
@@ -150,7 +179,7 @@ def _rows_of(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: the file can't be read: {error}; {advice}") from error
 
 
-# A row's line or number, and its value, or the error in place of one.
+# A row's line or number, and its value, or its fault.
 _Read = Iterator[tuple[str, Any]]
 
 
@@ -162,7 +191,7 @@ def _read_json_lines(file: Any) -> _Read:
         try:
             value = parse_json(line.rstrip("\r\n"), "the row", DataError)
         except DataError as error:
-            value = DataError(str(error).replace(" line 1", "", 1))
+            value = Fault(str(error).replace(" line 1", "", 1), "the row must be JSON")
         yield f"line {number}", value
 
 
@@ -195,8 +224,9 @@ def _read_csv(file: Any) -> _Read:
             num_breaks = sum(str(value).count("\n") for value in row.values())
             position = f"line {reader.line_num - num_breaks}"
             if None in row:
-                fault = f"a row must have at most {len(columns)} columns, got more"
-                yield position, DataError(f"{fault}; put texts with commas into quotes")
+                reason = f"a row must have at most {len(columns)} columns, got more"
+                reason += "; put texts with commas into quotes"
+                yield position, Fault(reason, reason)
             else:
                 yield position, {name: value for name, value in row.items() if value is not None}
     except csv.Error as error:

@@ -6,6 +6,7 @@ fields. transformers' sandbox keeps it away from Python; it does not bound time 
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +46,8 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    num_prompt_messages: int = 0  # which are read, and not learned
+    variables: Mapping[str, Any] | None = None  # of the chat template
 
     def until(self, index: int) -> Conversation:
         return self._replace(messages=self.messages[:index])
@@ -77,7 +80,8 @@ def fill_in(template: Template, row: Row, setting: str, more: Mapping[str, Any])
     try:
         return render(template, {**row, **more})
     except TemplateError as error:
-        row.reject(f"{setting} can't be filled in: {error}; the row's fields are {fields_of(row)}")
+        kind = f"{setting} can't be filled in: {error}"
+        row.reject(f"{kind}; the row's fields are {fields_of(row)}", kind)
 
 
 @contextmanager
@@ -125,6 +129,16 @@ def read_input(row: Row, columns: dict[str, str]) -> str:
     return "" if name is None or row.get(name) is None else row.text(name)
 
 
+def with_variables(source: str, variables: Mapping[str, Any]) -> str:
+    """Set variables at the beginning of a chat template."""
+    settings = ""
+    for name, value in variables.items():
+        if name.isidentifier():  # or no template can read it
+            settings += f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}"
+    # chat templates are compiled with trim_blocks, which drops this line break
+    return f"{settings}\n{source}"
+
+
 class ChatTemplate:
     """A tokenizer's chat template, or a text in its place, as `apply_chat_template` renders it."""
 
@@ -153,6 +167,7 @@ class ChatTemplate:
 
     def render_with_marks(self, conversation: Conversation, *, for_answer: bool = False) -> Marked:
         template, tools = self._compile(conversation.tools), conversation.tools
+        fields = {**self._fields, **(conversation.variables or {})}
         messages = [
             # gpt-oss's template calls the reasoning `thinking`
             {"thinking": message["reasoning_content"], **message}
@@ -162,7 +177,7 @@ class ChatTemplate:
         ]
         with _RENDERING, template_errors():
             text, marks = chat_template_utils._render_with_assistant_indices(
-                template, messages, tools, None, for_answer, **self._fields
+                template, messages, tools, None, for_answer, **fields
             )
             # half of a surrogate pair, which no tokenizer reads, fails here
             text.encode()
@@ -194,11 +209,17 @@ class ChatTemplate:
         return compile_template(self.source(tools), "the chat template", read)
 
 
+def accepts_hermes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # a copy of the vocabulary takes milliseconds, and each faulty row asks
+    missing = (None, tokenizer.unk_token_id)
+    return all(tokenizer.convert_tokens_to_ids(token) not in missing for token in _CHATML)
+
+
 def given_source(
     tokenizer: PreTrainedTokenizerBase, template: str, setting: str = "chat_template"
 ) -> str:
     if template == HERMES:
-        if not {*_CHATML} <= tokenizer.get_vocab().keys():
+        if not accepts_hermes(tokenizer):
             raise DataError(
                 f"the template {HERMES} requires a tokenizer with the tokens "
                 f"{' and '.join(_CHATML)}; write a template with the base model's own turns"

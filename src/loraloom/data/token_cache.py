@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.sources import Row
+from loraloom.data.sources import Fault, Row
 from loraloom.data.tokens import NO_LOSS, EncodedRow, Example
 from loraloom.errors import LoraloomError
 
@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 # Encoding as many characters takes a core some three seconds; reading their tokens, a third of one.
 MIN_CHARACTERS = 5_000_000
 _ROWS_AT_ONCE = 1000
+# What EncodedRow says with a truth value.
+_FLAGS = [name for name, default in EncodedRow._field_defaults.items() if default is False]
 # Packages that render templates and encode texts.
 _ENCODERS = ("jinja2", "tokenizers", "transformers")
 
@@ -83,13 +85,11 @@ def _features() -> "Features":
 
     columns: dict[str, Any] = {
         "pieces": List(List(Value("int32"))),
-        "is_cut": Value("bool"),
-        "is_pair": Value("bool"),
-        "fault": Value("string"),
-        "is_empty": Value("bool"),
         "has_loss": List(List(Value("bool"))),
+        "reason": Value("string"),
+        "kind": Value("string"),
     }
-    return Features(columns)
+    return Features(columns | {name: Value("bool") for name in _FLAGS})
 
 
 def _as_record(row: EncodedRow) -> dict[str, Any]:
@@ -98,7 +98,9 @@ def _as_record(row: EncodedRow) -> dict[str, Any]:
     for piece in row.pieces:
         input_ids.append([*piece.input_ids])
         has_loss.append([label != NO_LOSS for label in piece.labels])
-    return {**row._asdict(), "pieces": input_ids, "has_loss": has_loss}
+    reason, kind = row.fault or (None, None)
+    flags = {name: getattr(row, name) for name in _FLAGS}
+    return {"pieces": input_ids, "has_loss": has_loss, "reason": reason, "kind": kind, **flags}
 
 
 def _read(table: "Dataset", num_rows: int) -> list[EncodedRow]:
@@ -109,9 +111,18 @@ def _read(table: "Dataset", num_rows: int) -> list[EncodedRow]:
     for batch in table.iter(_ROWS_AT_ONCE):
         columns: dict[str, list[Any]] = dict(batch)
         pieces = map(_as_examples, columns["pieces"], columns["has_loss"])
-        outcomes = [columns[name] for name in EncodedRow._fields[1:]]
-        encoded += map(EncodedRow, pieces, *outcomes)
+        faults = map(_as_fault, columns["reason"], columns["kind"])
+        rows = [
+            EncodedRow(examples, fault=fault)
+            for examples, fault in zip(pieces, faults, strict=True)
+        ]
+        for number, row in enumerate(rows):
+            encoded.append(row._replace(**{name: columns[name][number] for name in _FLAGS}))
     return encoded
+
+
+def _as_fault(reason: str | None, kind: str | None) -> Fault | None:
+    return None if reason is None else Fault(reason, kind or reason)
 
 
 def _as_examples(input_ids: list[list[int]], has_loss: list[list[bool]]) -> tuple[Example, ...]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from loraloom.data.sources import Fault
 from loraloom.errors import DataError
 
 # Label of a token that is read but not learned.
@@ -78,8 +79,9 @@ class EncodedRow(NamedTuple):
     pieces: tuple[Example, ...]
     is_cut: bool = False
     is_pair: bool = False
-    fault: str = ""  # why the row can't be used
+    fault: Fault | None = None
     is_empty: bool = False  # the fault is that it has no answer
+    drops_tools: bool = False  # the fault is a chat template that drops tools, unlike `hermes`
 
 
 DROPPED = EncodedRow(pieces=())

@@ -112,16 +112,18 @@ def load_answer_set(
 
 def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
     if source.format == "chat":
-        messages, tools = read_conversation(row, source.fields)
+        chat = read_conversation(row, source.fields)
+        messages = chat.messages
+        first = max(chat.num_prompt_messages, 1)
         last = len(messages) - 1
-        while last > 0 and messages[last]["role"] != "assistant":
+        while last >= first and messages[last]["role"] != "assistant":
             last -= 1
-        if last <= 0:
+        if last < first:
             row.reject("the conversation has no assistant's turn after a user's. Add one.")
         answer = messages[last]["content"]
         if not answer.strip():
             row.reject_empty("the last answer is a call of a tool, which has no text to compare")
-        return Prompt(tuple(messages[:last]), None, row.origin, tools), answer
+        return Prompt(tuple(messages[:last]), None, row.origin, chat.tools), answer
     columns = source.columns
     fields = {**row, "input": read_input(row, columns)}
     prompt = Prompt(row.text(columns["instruction"]), None, row.origin, None, fields)

@@ -1,7 +1,6 @@
 """Prompts, and the tokens that a model reads of them."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -163,13 +162,12 @@ def _render_chat(
 def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
     """Refuse a conversation whose tools, or first call of them, the chat template leaves out."""
     # each is one more rendering of the whole conversation
-    for missing, _, without in islice(omitted_tools(conversation), 2):
-        with suppress(TemplateError):
-            if template.render(conversation) == template.render(without):
-                raise DataError(
-                    f"the chat template drops {missing}; serve with --tool-template hermes, or use "
-                    "another chat template"
-                )
+    for omission in islice(omitted_tools(conversation), 2):
+        if omission.is_unnoticed(template):
+            raise DataError(
+                f"the chat template drops {omission.name}; serve with --tool-template hermes, or "
+                "use another chat template"
+            )
 
 
 def encode_for_choice(

@@ -205,10 +205,11 @@ class ChoiceTask:
             values = self._read(row, "labels", config.labels)
             labels = _as_texts(row, config.labels, values)
         if not 2 <= len(texts) == len(labels) == len(set(labels)):
-            row.reject(
+            expected = (
                 "a question must have at least 2 choices, with different labels (from the row if "
-                f"there are more choices than letters), got {len(texts)} and {', '.join(labels)}"
+                "there are more choices than letters)"
             )
+            row.reject(f"{expected}, got {len(texts)} and {', '.join(labels)}", expected)
         return texts, labels
 
     def _gold(
@@ -219,16 +220,18 @@ class ChoiceTask:
         possible = {"index": range(len(texts)), "text": texts, "label": labels}
         options = [str(option).strip() for option in possible[config.answer_is]]
         if answer not in options:
+            expected = f"answer ({config.answer}) must be a choice's {config.answer_is}"
             row.reject(
-                f"answer ({config.answer}) must be a choice's {config.answer_is}, one of "
-                f"{', '.join(options)}, got {shown(answer)}; a split without published answers "
-                "can't be used"
+                f"{expected}, one of {', '.join(options)}, got {shown(answer)}; a split without "
+                "published answers can't be used",
+                expected,
             )
         if options.count(answer) > 1:
             row.reject(
                 f"answer {shown(answer)} must be a single choice's {config.answer_is}, got "
                 f"{options.count(answer)} such choices; remove the repeated choice, or set "
-                "answer_is: index"
+                "answer_is: index",
+                kind=f"answer must be a single choice's {config.answer_is}",
             )
         return options.index(answer)
 
@@ -253,7 +256,8 @@ def _find(row: Row, path: str) -> Any:
             return [step(entry, key) for entry in value]
         fields = value if isinstance(value, Mapping) else {}
         if key not in fields:
-            row.reject(f"the row has no field {path!r}; the fields there are {fields_of(fields)}")
+            missing = f"the row has no field {path!r}"
+            row.reject(f"{missing}; the fields there are {fields_of(fields)}", missing)
         return fields[key]
 
     return reduce(step, path.split("."), row)
@@ -261,11 +265,13 @@ def _find(row: Row, path: str) -> Any:
 
 def _as_texts(row: Row, name: object, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
-        row.reject(f"field {name!r} must be a list, got {shown(value)}")
+        expected = f"field {name!r} must be a list"
+        row.reject(f"{expected}, got {shown(value)}", expected)
     return tuple(_as_text(row, f"field {name!r}", entry) for entry in value)
 
 
 def _as_text(row: Row, name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        row.reject(f"{name} must be a text or a number, got {shown(value)}")
+        expected = f"{name} must be a text or a number"
+        row.reject(f"{expected}, got {shown(value)}", expected)
     return str(value)
