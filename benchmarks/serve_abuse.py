@@ -59,7 +59,7 @@ PROGRAM = [str(Path(sys.executable).with_name("loraloom"))]
 UNCOLLECTED = [
     sys.executable,
     "-c",
-    "import gc, sys; gc.disable(); from loraloom.cli import main; sys.exit(main())",
+    "import gc, sys; gc.disable(); from loraloom.cli.main import main; sys.exit(main())",
 ]
 # Routes with bodies, and whose key may send them.
 ROUTES: dict[str, tuple[str, type[BaseModel], str]] = {

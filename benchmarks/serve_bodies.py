@@ -124,6 +124,7 @@ def _fillings(num_bytes: int) -> Iterator[tuple[str, bytes]]:
     yield "a long text", b'"' + b"a" * num_bytes + b'"'
     yield "a text of spaces", b'"a' + b" " * num_bytes + b'a"'
     yield "a text of brackets", b'"' + b"[{<" * (num_bytes // 3) + b'"'
+    yield "a text of parents", b'"' + b"../" * (num_bytes // 3) + b'"'
     yield "an object of a long key", b'{"' + b"a" * num_bytes + b'":-1}'
     yield "a long number", b"9" * 4000
 

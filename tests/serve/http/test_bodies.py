@@ -65,6 +65,12 @@ def test_lists_that_are_too_long_name_their_limit():
         BodyParser(CompletionBody).parse(json.dumps(body).encode())
 
 
+def test_paths_of_adapters_are_short():
+    body = {"lora_name": "a", "lora_path": "../" * 600_000}  # seconds, if links are followed
+    with pytest.raises(RequestError, match=r"^lora_path must have at most 4,096 characters; sho"):
+        BodyParser(LoadBody).parse(json.dumps(body).encode())
+
+
 def test_bodies_are_parsed_in_turns_of_keys(host, tokenizer, monkeypatch):
     parse = BodyParser.parse
     run = Preparations.run

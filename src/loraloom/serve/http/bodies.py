@@ -26,6 +26,11 @@ MAX_CONTAINERS = 2**18
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # Characters of a key that an error repeats.
 _MAX_NAME = 100
+# What there is too much of, and what to do, by pydantic's types of errors.
+_TOO_LONG = {
+    "too_long": "elements; send fewer",
+    "string_too_long": "characters; shorten the text",
+}
 # Keys of core schemas whose values are no schemas.
 _OPAQUE = {"cls", "config", "metadata", "serialization"}
 
@@ -75,10 +80,9 @@ def fault_of(errors: list[ErrorDetails]) -> RequestError:
     first = max(errors, key=lambda error: len(error["loc"]))
     names = [str(name)[:_MAX_NAME] for name in first["loc"]]
     param = ".".join(name for name in names if f"_{name}".isidentifier())
-    if first["type"] == "too_long":
-        max_length = first["ctx"]["max_length"]
-        message = f"{param} must have at most {max_length:,} elements; send fewer"
-        return RequestError(message, param=param)
+    if first["type"] in _TOO_LONG:
+        limit = f"{first['ctx']['max_length']:,} {_TOO_LONG[first['type']]}"
+        return RequestError(f"{param} must have at most {limit}", param=param)
     message = first["msg"].removeprefix("Value error, ")
     return RequestError(f"{param or 'the body'}: {message}", param=param or None)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from loraloom.config.fields import StrictModel
 
 Tool = chat.ChatCompletionFunctionToolParam
-_Text = Annotated[str, StringConstraints(min_length=1)]
+_Path = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # as in Linux
 _StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _TokenKey = Annotated[int, Field(ge=0, lt=2**31, strict=False)]  # JSON's keys are texts
@@ -183,7 +183,7 @@ class LoadBody(StrictModel):
     """An adapter to load."""
 
     lora_name: _Name
-    lora_path: _Text
+    lora_path: _Path
     """Directory on the server, below its --adapter-root if set, or else also a Hub ID."""
     load_inplace: bool = False
     """Replace a loaded adapter of the same name."""
