@@ -4,14 +4,19 @@
 
 A tiny base model with random weights is served by a process of its own, with two API keys, an
 admin's key and at most 1,024 open files. Each attack is a function below; it returns what it saw,
-and whether the server held. The exit code is the number of attacks that it did not hold against.
-Attacks on the shares of keys are of `--scale` times their size.
+and whether the server held. Further attacks, such as `chat:messages`, fill a field of a route with
+each of the large values of `serve_bodies`. NAME may have wildcards: `'chat:*'`. The table has the
+longest waits of others for `/health` and for two tokens, and the peak of memory. The exit code is
+the number of attacks that the server did not hold against. Attacks on the shares of keys are of
+`--scale` times their size.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import fnmatch
+import json
 import math
 import os
 import resource
@@ -25,14 +30,20 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
 import torch
+from pydantic import BaseModel
 
+from benchmarks.serve_bodies import large_bodies, paths_of
+from benchmarks.serve_watch import Waits, Watch, max_waits, read_bytes, watching
 from loraloom.adapters import RoutedConfig
 from loraloom.generation.router import fit_router
+from loraloom.serve.http.guards import MAX_BODY_BYTES
+from loraloom.serve.http.schemas import ChatBody, CompletionBody, LoadBody, UnloadBody
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_host
 
@@ -43,6 +54,20 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 Outcome = tuple[str, bool]
 # Seconds that another key may wait for two tokens while a key attacks, in a process of its own.
 MAX_WAIT_S = 5.0
+PROGRAM = [str(Path(sys.executable).with_name("loraloom"))]
+# The same without garbage collections.
+UNCOLLECTED = [
+    sys.executable,
+    "-c",
+    "import gc, sys; gc.disable(); from loraloom.cli.main import main; sys.exit(main())",
+]
+# Routes with bodies, and whose key may send them.
+ROUTES: dict[str, tuple[str, type[BaseModel], str]] = {
+    "chat": ("/v1/chat/completions", ChatBody, "user-1"),
+    "completion": ("/v1/completions", CompletionBody, "user-1"),
+    "load": ("/v1/load_lora_adapter", LoadBody, "admin"),
+    "unload": ("/v1/unload_lora_adapter", UnloadBody, "admin"),
+}
 
 
 class Result(NamedTuple):
@@ -52,17 +77,19 @@ class Result(NamedTuple):
     attack: str
     outcome: str
     held: bool
+    waits: Waits
 
 
 class Server:
     """A server under attack, in a directory with its base model, adapters, keys and log."""
 
     scale = 1.0
+    watch: Watch
+    waits = Waits()  # that an attack has read
 
-    def __init__(self, directory: Path, hub: str, *options: str):
+    def __init__(self, directory: Path, hub: str, *options: str, program: Sequence[str] = PROGRAM):
         self.directory, self.hub, self.log = directory, hub, directory / f"log{len(options)}"
-        program = str(Path(sys.executable).with_name("loraloom"))
-        command = [program, "serve", "--base-model", "base", "--port", "0", "--dtype", "float32"]
+        command = [*program, "serve", "--base-model", "base", "--port", "0", "--dtype", "float32"]
         command += ["--adapter", "greedy=lora", "--adapter", "modest=mixlora"]
         command += ["--adapter-dir", "cold", "--max-adapters", "8", "--max-rows", "4"]
         command += [
@@ -298,6 +325,144 @@ async def schemas(server: Server) -> Outcome:
     return seen, answer.status_code == 200 and waited < 15 and statuses.keys() <= {200, 400}
 
 
+async def nothing(server: Server) -> Outcome:
+    """Nothing, for three seconds: what others wait without an attack."""
+    await asyncio.sleep(3)
+    return "", True
+
+
+async def fill(server: Server, route: str, field: str) -> Outcome:
+    """A field filled with each of the large values."""
+    path, model, key = ROUTES[route]
+    waits: list[tuple[Waits, str]] = []
+    statuses: Counter[int] = Counter()
+    headers = {"Content-Type": "application/json"}
+    async with server.client(key) as http:
+        for body in large_bodies(model, MAX_BODY_BYTES - 10_000, field, model="base"):
+            answer = await http.post(path, content=body.content, headers=headers)
+            statuses[answer.status_code] += 1
+            waits.append((server.watch.read(), body.name))
+    (health_s, _, _), name = max(waits)
+    seen = f"{dict(statuses)}; /health waits {health_s:.2f} s at {name.partition(': ')[2]}"
+    server.waits = max_waits(entry for entry, _ in waits)
+    return seen, statuses.keys() <= {200, 400, 403, 404}
+
+
+async def headers(server: Server) -> Outcome:
+    """Requests with 60 kB of headers, with one of 60 kB, and with a key of 60 kB."""
+    sent = [
+        {f"x-{number}": "a" for number in range(6000)},
+        {"x-request-id": "a" * 60_000},
+        {"Authorization": "Bearer " + "a" * 60_000},
+        {"Host": "a" * 60_000},
+        {"Host": "a" + ":" * 60_000},
+        {"Origin": "a" * 60_000, "Cookie": "a=b;" * 100},
+    ]
+    statuses: Counter[int] = Counter()
+    size = server.log.stat().st_size
+    async with server.client() as http:
+        for fields in sent * 20:
+            answer = await http.get("/v1/models", headers=fields)
+            statuses[answer.status_code] += 1
+    grown = (server.log.stat().st_size - size) / len(sent * 20)
+    return f"{dict(statuses)}; {grown:.0f} bytes of log a request", grown < 1000
+
+
+async def addresses(server: Server) -> Outcome:
+    """Paths and queries of 60 kB: of no route, of a model, of health."""
+    long = "a%00" * 10_000
+    paths = [f"/{long}", f"/v1/models/{long}", f"/health?{long}", "/a" * 30_000]
+    statuses: Counter[int] = Counter()
+    size = server.log.stat().st_size
+    async with server.client() as http:
+        for path in paths * 20:
+            answer = await http.get(path)
+            statuses[answer.status_code] += 1
+    grown = (server.log.stat().st_size - size) / len(paths * 20)
+    return f"{dict(statuses)}; {grown:.0f} bytes of log a request", grown < 1000
+
+
+async def sums(server: Server) -> Outcome:
+    """Sums of adapters with as many terms as a name may have, all at once."""
+    names = ["greedy", *(f"cold-{number}" for number in range(0, 16, 2))]
+    models = ["+".join(f"{name}:0.1" for name in names[:number]) for number in (2, 4, 9)]
+    models += ["+".join([f"{name}:0.1" for name in names[:2]] * number) for number in (2, 12, 9999)]
+    models += ["+" * 300, ":" * 300, "/".join("a" * 150), "greedy/" * 40]
+    async with server.client() as http:
+        asked = [server.ask(http, model) for model in models * 4]
+        statuses = Counter(answer.status_code for answer in await asyncio.gather(*asked))
+    return f"{dict(statuses)}", statuses.keys() <= {200, 400, 404, 429}
+
+
+async def many_completions(server: Server) -> Outcome:
+    """As many completions as are accepted, each with all texts that end it and all biases."""
+    stop = [f"{number:02}" + "a" * 998 for number in range(64)]
+    biases = {str(number): -1.0 for number in range(300)}
+    body = {"model": "base", "max_tokens": 1, "temperature": 1, "stop": stop, "logit_bias": biases}
+    async with server.client() as http:
+        asked = []
+        for _ in range(4):
+            asked.append(
+                http.post("/v1/completions", json=body | {"prompt": ["one"] * 12, "n": 16})
+            )
+        statuses = Counter(answer.status_code for answer in await asyncio.gather(*asked))
+    return f"{dict(statuses)}", statuses.keys() <= {200, 429}
+
+
+async def valid_schemas(server: Server) -> Outcome:
+    """Schemas of up to 200 kB that are valid, each compiled for the first time."""
+    text = {"type": "string"}
+    number = {"type": "number"}
+    many = [
+        {"type": "object", "properties": {f"{kind}{n}": text for n in range(size)}}
+        for kind, size in (("a", 500), ("b", 1000), ("c", 2000), ("d", 3000))
+    ]
+    many += [{"enum": [f"value number {n}" for n in range(size)]} for size in (1000, 5000, 10_000)]
+    many += [{"anyOf": [{"type": "array", "items": {"const": n}} for n in range(2000)]}]
+    many += [{"type": "string", "pattern": "(" + "|".join(map(str, range(8000))) + ")*"}]
+    many += [{"type": "string", "maxLength": 10**6}, {"type": "array", "maxItems": 10**6}]
+    many += [{"type": "array", "items": number, "minItems": 5000}, {"description": "a" * 190_000}]
+    many += [{"type": "string", "pattern": "(a|b|c|d|e)*" * 2000}]
+    refs = [{"$ref": f"#/$defs/{spelled('abcdefghijkl', number)}"} for number in range(2000)]
+    many += [{"anyOf": refs, "$defs": {"abcdefghijkl": {"enum": list(range(10_000))}}}]
+    statuses: Counter[int] = Counter()
+    messages = [{"role": "user", "content": "one"}]
+    kind = "json_schema"
+    async with server.client() as http:
+        for schema in many:
+            body = {"model": "base", "messages": messages, "max_tokens": 20}
+            body["response_format"] = {"type": kind, kind: {"name": "a", "schema": schema}}
+            answer = await http.post("/v1/chat/completions", json=body)
+            statuses[answer.status_code] += 1
+    return f"{dict(statuses)}", statuses.keys() <= {200, 400}
+
+
+def spelled(name: str, number: int) -> str:
+    """Spell a name as URLs do, in one of 2**len(name) ways."""
+    letters = []
+    for index, letter in enumerate(name):
+        letters.append(f"%{ord(letter):x}" if number >> index & 1 else letter)
+    return "".join(letters)
+
+
+async def answered(server: Server) -> Outcome:
+    """2,000 requests of 1 MB, answered by a server without garbage collections."""
+    other = Server(server.directory, server.hub, program=UNCOLLECTED)
+    body = {"model": "base", "prompt": "one", "max_tokens": 1, "user": "a" * 1_000_000}
+    content = json.dumps(body).encode()
+    process = Path(f"/proc/{other.process.pid}")
+    headers = {"Content-Type": "application/json"}
+    megabytes = []
+    async with other.client() as http:
+        for number in range(1, server.scaled(2000) + 1):
+            await http.post("/v1/completions", content=content, headers=headers)
+            if number in (200, 1000, 2000):
+                megabytes.append(read_bytes(process, "VmRSS") / 1e6)
+    other.stop()
+    seen = ", ".join(f"{size:.0f}" for size in megabytes)
+    return f"after 200, 1,000 and 2,000: {seen} MB", max(megabytes) < megabytes[0] + 50
+
+
 async def counts(server: Server) -> Outcome:
     """Every answer of /v1 so far, in the log."""
     async with server.client("nobody") as http:
@@ -498,10 +663,19 @@ ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
         scored_prompts,
         routed_prompts,
         text_that_does_not_settle,
-        counts,
-        sigterm,
+        headers,
+        addresses,
+        sums,
+        many_completions,
+        valid_schemas,
+        answered,
+        nothing,
     )
 }
+for route, (_, model, _) in ROUTES.items():
+    for path in paths_of(model):
+        ATTACKS[f"{route}:{path}"] = partial(fill, route=route, field=path)
+ATTACKS |= {"counts": counts, "sigterm": sigterm}
 """In this order; after the last one nothing answers."""
 
 
@@ -535,35 +709,54 @@ def served(scale: float = 1.0) -> Iterator[Server]:
         server = Server(directory, hub_address, "--adapter-root", "cold")
         server.scale = scale
         try:
-            yield server
+            with watching(server.process.pid, server.port, "user-2") as server.watch:
+                yield server
         finally:
             server.stop()
 
 
 def attack(server: Server, names: Sequence[str]) -> Iterator[Result]:
     for name in names:
+        server.watch.read()
+        server.waits = Waits()
         try:
             outcome, held = asyncio.run(ATTACKS[name](server))
         except Exception as error:
             outcome, held = f"{type(error).__name__}: {error}", False
         if not held:
             print(server.log.read_text()[-6000:], file=sys.stderr)
-        yield Result(name, (ATTACKS[name].__doc__ or "").strip(), outcome, held)
+        waits = max_waits([server.waits, server.watch.read()])
+        yield Result(name, documented(name), outcome, held, waits)
+
+
+def documented(name: str) -> str:
+    attack = ATTACKS[name]
+    function = attack.func if isinstance(attack, partial) else attack
+    return (function.__doc__ or "").strip()
+
+
+def is_among(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scale", type=float, default=1.0, help="size of attacks on shares")
-    parser.add_argument("names", nargs="*", choices=[[], *ATTACKS], help="all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all by default")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with this process
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     )
+    names = [name for name in ATTACKS if is_among(name, arguments.names)]
     num_failed = 0
     with served(arguments.scale) as server:
-        for result in attack(server, arguments.names or list(ATTACKS)):
+        for result in attack(server, names):
             verdict = "pass" if result.held else "FAIL"
-            print(f"| {result.name} | {result.attack} | {result.outcome} | {verdict} |", flush=True)
+            health_s, completion_s, peak_bytes = result.waits
+            seen = f"{health_s:.3f} s | {completion_s:.3f} s | {peak_bytes / 1e6:.0f} MB"
+            columns = [result.name, result.attack, result.outcome, seen, verdict]
+            print(f"| {' | '.join(columns)} |", flush=True)
             num_failed += not result.held
     return num_failed
 

@@ -74,11 +74,21 @@ class _Schema:
             yield from self.parts(part, f"{path}.{name}".lstrip("."), within)
 
 
-def large_bodies(model: type[BaseModel], num_bytes: int, /, **fields: str) -> Iterator[LargeBody]:
-    """Yield bodies whose parts, each in turn, are wide, deep, long, wrong or repeated."""
+def paths_of(model: type[BaseModel]) -> list[str]:
+    """Name the parts of a body."""
+    schema = _Schema(model)
+    return list(dict.fromkeys(part.path for part in schema.parts(schema.root, "", _as_it_is)))
+
+
+def large_bodies(
+    model: type[BaseModel], num_bytes: int, path: str | None = None, /, **fields: str
+) -> Iterator[LargeBody]:
+    """Yield bodies whose parts, or one of them, are wide, deep, long, wrong or repeated."""
     schema = _Schema(model)
     names = set()
-    for part in schema.parts(schema.root, "", lambda body: body):
+    for part in schema.parts(schema.root, "", _as_it_is):
+        if path not in (None, part.path):
+            continue
         fillings = dict(_fillings(num_bytes))
         if part.schema.get("type") == "array":
             fillings["valid elements"] = _repeat(schema.value(part.schema["items"]), num_bytes)
@@ -96,6 +106,10 @@ def large_bodies(model: type[BaseModel], num_bytes: int, /, **fields: str) -> It
                 yield LargeBody(title, content.replace(b'"FILLING"', filling))
 
 
+def _as_it_is(body: Any) -> Any:
+    return body
+
+
 def _set(around: _Around, others: Mapping[str, Any], name: str, value: Any) -> Any:
     return around({**others, name: value})
 
@@ -110,6 +124,7 @@ def _fillings(num_bytes: int) -> Iterator[tuple[str, bytes]]:
     yield "a long text", b'"' + b"a" * num_bytes + b'"'
     yield "a text of spaces", b'"a' + b" " * num_bytes + b'a"'
     yield "a text of brackets", b'"' + b"[{<" * (num_bytes // 3) + b'"'
+    yield "a text of parents", b'"' + b"../" * (num_bytes // 3) + b'"'
     yield "an object of a long key", b'{"' + b"a" * num_bytes + b'":-1}'
     yield "a long number", b"9" * 4000
 

@@ -93,11 +93,11 @@ BODIES = {
     "/v1/load_lora_adapter": {"lora_name": "extra", "lora_path": "skills/mix"},
     "/v1/unload_lora_adapter": {"lora_name": "extra"},
 }
-_OF_COMPLETIONS = {404, 429, 500, 504}
+_OF_COMPLETIONS = {404, 429, 500, 504, 507}
 CODES = {  # statuses of errors, but for those of all requests
     "/v1/chat/completions": _OF_COMPLETIONS,
     "/v1/completions": _OF_COMPLETIONS,
-    "/v1/load_lora_adapter": {403, 504},
+    "/v1/load_lora_adapter": {403, 504, 507},
     "/v1/unload_lora_adapter": {403, 404},
     "/v1/models/{model}": {404},
 }

@@ -65,6 +65,8 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved, monkey
         ),
         (["--admin-key-file", "k"], "--admin-key-file requires --allow-loading"),
         (["--max-adapters", "2"], "--max-adapters requires --adapter-dir"),
+        (["--max-adapter-bytes", "0"], "max_adapter_bytes "),
+        (["--max-adapter-bytes", "many"], "max_adapter_bytes "),
         (["--adapter-root", "."], "--adapter-root requires --allow-loading"),
         (["--api-key-file", "k", "--no-api-key"], "--api-key-file and --no-api-key exclude"),
         (["--adapter", "nothing"], "--adapter must be NAME=PATH"),

@@ -12,6 +12,8 @@ from functools import wraps
 from itertools import cycle
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loraloom.errors import ConfigError
 from loraloom.generation.engine import Engine
@@ -302,6 +304,91 @@ async def test_a_tenant_whose_requests_fill_the_line_keeps_nobody_out(many):
     for task in asyncio.as_completed(tasks):
         adapters.release(await task)
     assert adapters.num_waiting == 0
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """A directory of adapters, each with the bytes of its name."""
+    directory = tmp_path_factory.mktemp("sized")
+    for name in ("100-a", "100-b", "100-c", "100-d", "100-e", "200-a", "300-a", "304-a"):
+        (directory / name).mkdir()
+        (directory / name / "adapter_config.json").write_text("{}")
+        num_weights = int(name.partition("-")[0]) // 4  # which take 4 bytes on the host
+        weights = {"w": torch.zeros(num_weights, dtype=torch.bfloat16)}
+        save_file(weights, directory / name / "adapter_model.safetensors")
+    return directory
+
+
+@in_loop
+async def test_unused_adapters_leave_for_others_that_need_their_bytes(sized):
+    host = FakeHost()
+    adapters = ServedAdapters(host, "base", sized, max_bytes=300)
+    for name in ("100-a", "100-b", "100-c", "100-a"):
+        async with using(adapters, name):
+            pass
+    assert set(host.adapters) == {"100-a", "100-b", "100-c"}
+    async with using(adapters, "200-a"):
+        assert set(host.adapters) == {"100-a", "200-a"}
+    async with using(adapters, "300-a"):
+        assert set(host.adapters) == {"300-a"}
+    with pytest.raises(RequestError, match=r"'304-a' takes 304 bytes, .* leaves 300; start"):
+        await adapters.acquire("304-a")
+    with pytest.raises(RequestError, match=r"'200-a' \+ '304-a' takes 504 bytes"):
+        await adapters.acquire_sum(["200-a", "304-a"])
+    assert set(host.adapters) == {"300-a"}
+
+
+@in_loop
+async def test_adapters_that_were_named_take_bytes_of_those_of_the_directory(sized):
+    host = FakeHost()
+    adapters = ServedAdapters(host, "base", sized, max_bytes=300)
+    async with using(adapters, "100-a"), using(adapters, "200-a"):
+        await adapters.load("mine", str(sized / "100-b"))
+    assert set(host.adapters) == {"100-a", "mine"} or set(host.adapters) == {"200-a", "mine"}
+    with pytest.raises(
+        RequestError, match=r"'300-a' takes 300 bytes, but .* leaves 200;"
+    ) as caught:
+        await adapters.acquire("300-a")
+    assert caught.value.code == "adapter_memory"
+    with pytest.raises(RequestError, match="'more' takes 300 bytes"):
+        await adapters.load("more", str(sized / "300-a"))
+    await adapters.load("mine", str(sized / "300-a"), replace=True)
+    assert set(host.adapters) == {"mine.2"}
+
+
+@in_loop
+async def test_a_key_whose_adapters_fill_the_bytes_keeps_nobody_out(sized):
+    host = FakeHost()
+    adapters = ServedAdapters(host, "base", sized, max_bytes=200)
+    held = [await adapters.acquire(name, "greedy") for name in ("100-a", "100-b")]
+    greedy = await asked(adapters, "100-c", "greedy")
+    first = await adapters.acquire("200-a", "modest")
+    second = await asked(adapters, "100-d", "modest")
+    assert set(host.adapters) == {"100-a", "100-b", "200-a"}
+    for served in held:
+        adapters.release(served)
+    adapters.release(await greedy)
+    adapters.release(first)
+    adapters.release(await second)
+    assert set(host.adapters) == {"100-d"}  # the one more has left
+
+
+@in_loop
+async def test_a_large_adapter_waits_for_no_small_ones_that_come_later(sized):
+    adapters = ServedAdapters(FakeHost(), "base", sized, max_bytes=300)
+    held = {name: await adapters.acquire(name) for name in ("100-a", "100-b", "100-c")}
+    large = await asked(adapters, "200-a")
+    late = [await asked(adapters, name) for name in ("100-d", "100-e")]
+    again = await asked(adapters, "100-a")  # whose bytes the large one gets
+    for name in ("100-a", "100-b"):
+        assert not large.done()
+        adapters.release(held[name])
+        await asyncio.sleep(0.05)
+    assert (large.done(), *(task.done() for task in late)) == (True, False, False)
+    for served in (held["100-c"], await large):
+        adapters.release(served)
+    for task in (*late, again):
+        adapters.release(await task)
 
 
 @in_loop

@@ -5,12 +5,13 @@ import gc
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import DirectoryPath, Field, StringConstraints
+from pydantic import ByteSize, DirectoryPath, Field, StringConstraints
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions, Section, Text, tell_unknown_prompts
@@ -46,6 +47,9 @@ class ServeOptions(HostOptions):
     max_adapters: Annotated[int, Section.LIMITS] = Field(default=8, ge=1)
     """Keep at most N adapters of --adapter-dir loaded, and one more for each API key that would
     otherwise have none while others use all."""
+    max_adapter_bytes: Annotated[ByteSize | None, Section.LIMITS] = Field(default=None, gt=0)
+    """Keep at most N bytes of adapters loaded, for example 20GB. Those of --adapter-dir leave for
+    others, as with --max-adapters. Default: no limit."""
     host: Annotated[str, Section.SERVER] = "127.0.0.1"
     """Listen on this address. One that other machines can reach requires API keys."""
     port: Annotated[int, Section.SERVER] = Field(default=8000, ge=0, le=65535)
@@ -191,6 +195,7 @@ def _prepare(
         engine.forget,
         max_waiting=options.max_waiting,
         base_aliases=aliases,
+        max_bytes=options.max_adapter_bytes or sys.maxsize,
     )
     for name, path in options.adapters.items():
         asyncio.run(adapters.load(name, path, replace=True))

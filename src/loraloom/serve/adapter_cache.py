@@ -1,9 +1,10 @@
 """The adapters that requests may name, and which of them are on the host.
 
 An adapter follows its files: a request loads those that have changed, and the old adapter answers
-until the new one can be read. Adapters of the directory take places, which tenants (API keys) share
-evenly. Loads are done one at a time: the tenants that hold less than an equal part take turns. A
-tenant that holds none when all are in use loads one adapter more, so that nobody waits for others.
+until the new one can be read. Adapters of the directory take places and bytes, which tenants (API
+keys) share by turns. Loads are done one at a time: the tenants that hold less than an equal part of
+the places take turns, and none takes what the next one in turn waits for. A tenant that holds no
+adapter when all are in use loads one more, so that nobody waits for others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ from loraloom.serve.adapter_files import (
     has_config,
     is_name,
     names_below,
+    num_bytes_of,
 )
 from loraloom.serve.process import run_apart
 
@@ -55,6 +58,7 @@ class LoadedAdapter:
     files: Files = frozenset()  # what they were like then; empty for what is no directory here
     revision: str | None = None  # digest of the files
     is_lazy: bool = False  # loaded when it was first asked for, and may go when others are
+    num_bytes: int = 0
     users: Counter[str] = field(default_factory=Counter)  # requests of each tenant
 
 
@@ -74,6 +78,7 @@ class LoadRequest:
 
     name: str
     tenant: str
+    num_bytes: int
     served: asyncio.Future[ServedAdapter]
 
 
@@ -88,6 +93,7 @@ class ServedAdapters:
     on_removed: Callable[[Adapter], object] = lambda adapter: None
     max_waiting: int = EngineLimits.max_waiting
     base_aliases: Sequence[str] = ()
+    max_bytes: int = sys.maxsize  # of all adapters
 
     def __post_init__(self) -> None:
         self.base_names = (self.base_name, *self.base_aliases)
@@ -135,7 +141,8 @@ class ServedAdapters:
         if not has_place(counts, tenant, self.max_waiting):
             num_waiting = counts.get(tenant, 0)
             raise _no_place(f"{num_waiting} requests wait for adapters that are not loaded")
-        request = LoadRequest(name, tenant, asyncio.get_running_loop().create_future())
+        num_bytes = await self._num_bytes_of(name)
+        request = LoadRequest(name, tenant, num_bytes, asyncio.get_running_loop().create_future())
         self._line.add(tenant, request)
         self._advance()
         try:
@@ -168,6 +175,7 @@ class ServedAdapters:
                 f"at once (--max-adapters), got {', '.join(distinct)}",
                 param="model",
             )
+        await self._check_sum(list(distinct))
         for _ in range(NUM_TRIES):
             served = await self.take(names, tenant)
             if served is not None:
@@ -187,7 +195,7 @@ class ServedAdapters:
             if adapter in self._leaving and not adapter.users:
                 self._leaving.remove(adapter)
                 self._remove(adapter)
-        self._fit_places()
+        self._evict_idle()
         self._advance()
 
     async def load(
@@ -205,6 +213,7 @@ class ServedAdapters:
             files = await run_apart(files_of, source) or frozenset()
             adapter = await self._read(name, source, directory, files)
             self._put(adapter, sender)
+            self._evict_idle()
             if files:
                 self._sources[name] = source
         self._advance()
@@ -270,32 +279,69 @@ class ServedAdapters:
         held = Counter(tenant for adapter in self._lazy() for tenant in adapter.users)
         equal_part = self.max_lazy / len(self._line.waiting.keys() | held.keys())
         # First who would hold no more than an equal part; among those, in turn.
+        is_blocked = False
         for tenant in sorted(self._line.in_turn(), key=lambda t: max(held[t] + 1, equal_part)):
             for request in self._line.waiting[tenant]:
-                if self._make_place(request.name, tenant, held):
+                if (
+                    self._needs_no_place(request)
+                    or (not is_blocked and self._make_place(request, held))
+                    or not held[tenant]
+                ):
                     self._line.charge(tenant, 1)
                     self._loading = asyncio.create_task(self._load_for(request.name))
                     return
+                is_blocked = True  # what leaves is for the first one
 
-    def _make_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
-        """Make a place for an adapter of the directory, if one can go for it."""
-        # one that is loaded again has its place, and one that was named needs none
-        if name in self._loaded or name in self._sources or len(self._lazy()) < self.max_lazy:
+    def _needs_no_place(self, request: LoadRequest) -> bool:
+        """Whether an adapter is loaded again, was named, or is too large and will be refused."""
+        name = request.name
+        if name in self._loaded or name in self._sources:
             return True
-        idle = self._idle()
-        if idle:
-            self._evict(idle[0])
-            return True
-        if not held[tenant]:
-            return True
-        if not any(adapter.is_lazy for adapter in self._leaving):
-            # The place comes from who holds most. The adapter goes when its requests have ended,
-            # and who asks for it next waits.
-            def standing(adapter: LoadedAdapter) -> tuple[int, bool]:
-                return min(held[user] for user in adapter.users), tenant in adapter.users
+        return request.num_bytes > self._room_bytes(name)
 
-            self._evict(max(self._lazy(), key=standing))
+    def _make_place(self, request: LoadRequest, held: Counter[str]) -> bool:
+        """Let adapters go until one of the directory fits; False if it must wait for them."""
+        self._evict_idle(1, request.num_bytes)
+        if self._fits(1, request.num_bytes):
+            return True
+
+        # The place comes from who holds most. The adapter goes when its requests have ended, and
+        # who asks for it next waits.
+        def standing(adapter: LoadedAdapter) -> tuple[int, bool]:
+            return min(held[user] for user in adapter.users), request.tenant in adapter.users
+
+        while held[request.tenant] and not self._will_fit(request):
+            self._evict(max(self._in_use(), key=standing))
         return False
+
+    def _fits(self, num_places: int, num_bytes: int) -> bool:
+        """Whether so many places and bytes are free."""
+        if len(self._lazy()) + num_places > self.max_lazy:
+            return False
+        used_bytes = sum(a.num_bytes for a in (*self._loaded.values(), *self._leaving))
+        return used_bytes + num_bytes <= self.max_bytes
+
+    def _will_fit(self, request: LoadRequest) -> bool:
+        """Whether the adapters that leave make a place."""
+        if not any(adapter.is_lazy for adapter in self._leaving):
+            return False
+        staying_bytes = sum(adapter.num_bytes for adapter in self._loaded.values())
+        return staying_bytes + request.num_bytes <= self.max_bytes
+
+    def _room_bytes(self, name: str) -> int:
+        """Count the bytes that an adapter may take: all but those of adapters that stay."""
+        staying = [a for a in self._loaded.values() if not a.is_lazy and a.name != name]
+        return self.max_bytes - sum(adapter.num_bytes for adapter in staying)
+
+    def _check_bytes(self, names: Sequence[str], num_bytes: int) -> None:
+        room_bytes = self._room_bytes(names[0])
+        if num_bytes > room_bytes:
+            adapters = " + ".join(map(shown, names))
+            raise RequestError(
+                f"the adapter {adapters} takes {num_bytes:,} bytes, but --max-adapter-bytes "
+                f"leaves {room_bytes:,}; start the server with a larger --max-adapter-bytes",
+                "adapter_memory",
+            )
 
     def _lazy(self) -> list[LoadedAdapter]:
         return [a for a in (*self._loaded.values(), *self._leaving) if a.is_lazy]
@@ -303,11 +349,15 @@ class ServedAdapters:
     def _idle(self) -> list[LoadedAdapter]:
         return [a for a in self._loaded.values() if a.is_lazy and not a.users]
 
-    def _fit_places(self) -> None:
-        """Let the adapter go that had no place, or another that nobody uses."""
+    def _in_use(self) -> list[LoadedAdapter]:
+        return [a for a in self._loaded.values() if a.is_lazy and a.users]
+
+    def _evict_idle(self, num_places: int = 0, num_bytes: int = 0) -> None:
+        """Let adapters go that nobody uses, first those used least recently, until others fit."""
         for adapter in self._idle():
-            if len(self._lazy()) > self.max_lazy:
-                self._evict(adapter)
+            if self._fits(num_places, num_bytes):
+                return
+            self._evict(adapter)
 
     async def _load_for(self, name: str) -> None:
         adapter, error = None, None
@@ -327,7 +377,7 @@ class ServedAdapters:
                 request.served.set_result(self._use(name, (adapter,), request.tenant))
             elif error is not None:
                 request.served.set_exception(error)
-        self._fit_places()
+        self._evict_idle()
         self._advance()
 
     async def _follow(self, name: str, source: str, files: Files) -> LoadedAdapter:
@@ -356,6 +406,20 @@ class ServedAdapters:
                 raise _broken(name) from None
             return former
 
+    async def _num_bytes_of(self, name: str) -> int:
+        """Count the bytes of an adapter's files as they are now."""
+        source, _ = await self._look(name)
+        return await run_apart(num_bytes_of, Path(source))
+
+    async def _check_sum(self, names: Sequence[str]) -> None:
+        """Refuse a sum whose adapters never fit the bound together."""
+        num_bytes = 0
+        for name in names:
+            adapter = self._loaded.get(name)
+            if adapter is None or adapter.is_lazy:
+                num_bytes += await self._num_bytes_of(name)
+        self._check_bytes(names, num_bytes)
+
     async def _find(self, source: str) -> Path:
         # perhaps from the Hub
         try:
@@ -371,13 +435,15 @@ class ServedAdapters:
         self, name: str, source: str, directory: Path, files: Files, *, is_lazy: bool = False
     ) -> LoadedAdapter:
         """Read an adapter into the host, under a name that is free there."""
+        num_bytes = await run_apart(num_bytes_of, directory)
+        self._check_bytes([name], num_bytes)
         host_name = name
         while host_name in self.host.adapters:
             host_name = f"{name[:90]}.{next(self._versions)}"
 
         revision = await run_apart(digest_of, directory)
         await run_apart(self.host.load, host_name, directory)
-        return LoadedAdapter(name, host_name, source, files, revision, is_lazy)
+        return LoadedAdapter(name, host_name, source, files, revision, is_lazy, num_bytes)
 
     def _put(self, adapter: LoadedAdapter, sender: str) -> None:
         """Let an adapter answer from now on, in place of the former one of its name."""

@@ -1,20 +1,31 @@
 """Adapters' files as a server sees them: where they are, whether they changed, and their digest."""
 
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import safetensors
+
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError
-from loraloom.formats.raw_files import ADAPTER_FILES, CONFIG_FILE
+from loraloom.formats.raw_files import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    SIDECAR_WEIGHTS,
+    WEIGHTS_FILE,
+)
 
 # What an adapter's files are like: names, sizes, times and inodes, of links those of their targets.
 Files = frozenset[tuple[str, int, int, int]]
 
 _DIGITS = 16
+# Of a weight on the host, whatever the files have.
+_WEIGHT_BYTES = 4
 
 
 def files_of(source: str) -> Files | None:
@@ -68,3 +79,20 @@ def digest_of(directory: Path) -> str:
         with suppress(OSError), path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:_DIGITS]
+
+
+def num_bytes_of(directory: Path) -> int:
+    """Count the bytes that an adapter takes on the host, from its files' headers.
+
+    What cannot be read counts nothing; loading reports what is wrong with it.
+    """
+    num_bytes = 0
+    for name in (WEIGHTS_FILE, SIDECAR_WEIGHTS):
+        with suppress(OSError, safetensors.SafetensorError):
+            with safetensors.safe_open(directory / name, framework="pt") as file:
+                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+            num_bytes += _WEIGHT_BYTES * sum(map(math.prod, shapes))
+    if not num_bytes:
+        with suppress(OSError):
+            num_bytes = (directory / PICKLE_FILE).stat().st_size
+    return num_bytes

@@ -47,6 +47,30 @@ def test_an_unknown_key_below_a_field_is_named():
     assert caught.value.param == "stream_options"
 
 
+def test_a_body_of_very_many_lists_is_refused_before_it_is_parsed():
+    parser = BodyParser(CompletionBody)
+    for text in (b"[" * 300_000, b'["\\"]", ' + b"{}," * 300_000 + b"1]"):
+        with pytest.raises(RequestError, match=r"at most 262,144 lists and objects, got 300,00\d;"):
+            parser.parse(text)
+    body = {"model": "lora", "prompt": '[{"' * 300_000}
+    assert parser.parse(json.dumps(body).encode()).prompt == body["prompt"]
+
+
+def test_lists_that_are_too_long_name_their_limit():
+    body = {"model": "lora", "messages": [{"role": "user", "content": ""}] * 32_769}
+    with pytest.raises(RequestError, match=r"^messages must have at most 32,768 elements; send "):
+        BodyParser(ChatBody).parse(json.dumps(body).encode())
+    body = {"model": "lora", "prompt": "one", "logit_bias": dict.fromkeys(range(1001), 1)}
+    with pytest.raises(RequestError, match=r"^logit_bias must have at most 1,000 elements; send"):
+        BodyParser(CompletionBody).parse(json.dumps(body).encode())
+
+
+def test_paths_of_adapters_are_short():
+    body = {"lora_name": "a", "lora_path": "../" * 600_000}  # seconds, if links are followed
+    with pytest.raises(RequestError, match=r"^lora_path must have at most 4,096 characters; sho"):
+        BodyParser(LoadBody).parse(json.dumps(body).encode())
+
+
 def test_bodies_are_parsed_in_turns_of_keys(host, tokenizer, monkeypatch):
     parse = BodyParser.parse
     run = Preparations.run

@@ -179,6 +179,7 @@ def test_no_text_of_a_client_makes_a_line_of_the_log(host, tokenizer, caplog):
         caplog.set_level(logging.INFO)
         load(url, "none", f"no\n{forged}", name="new")
         httpx2.post(f"{url}/v1/chat/completions", json=CHAT | {"model": f"no\r\n{forged}"})
+        httpx2.get(f"{url}/v1/models/{'a' * 30_000}?{'b' * 30_000}")
     try:
         raise ValueError(f"\x1b[2J\n{forged}")
     except ValueError:
@@ -188,6 +189,7 @@ def test_no_text_of_a_client_makes_a_line_of_the_log(host, tokenizer, caplog):
     assert any(forged in line for line in lines)
     assert not [line for line in lines if line.startswith(forged)]
     assert all(line.isprintable() for line in lines)
+    assert max(map(len, lines)) < 1000
 
 
 def load(url, key, path, name="new"):

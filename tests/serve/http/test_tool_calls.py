@@ -105,9 +105,23 @@ def test_text_next_to_tools_is_streamed_as_it_comes():
     assert "".join(streamed("Gladly. <tool_call>{", NAMES)) == "Gladly."
 
 
-def test_spaces_in_an_open_call_cost_no_more_than_letters():
-    text = "<tool_call>x" + 200_000 * " " + "x"  # minutes, if spaces are tried in every way
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>x" + 200_000 * " " + "x",  # minutes, if spaces are tried in every way
+        "<tool_call><function=paint>" + 100_000 * "<parameter=color>",  # and ends of each
+        "<tool_call><function=paint>" + 100_000 * "<parameter=",
+    ],
+    ids=["spaces", "parameters", "openings"],
+)
+def test_open_calls_are_read_in_linear_time(text):
     assert parse_calls(text, NAMES) == (text, [])
+
+
+@pytest.mark.parametrize("schema", [3, {"properties": 3}, {"properties": {"color": {"anyOf": 3}}}])
+def test_schemas_of_parameters_that_are_none_leave_texts(schema):
+    _, calls = parse_calls(XML, {"paint": schema})
+    assert json.loads(calls[0].arguments) == {"color": "blé"}
 
 
 def test_parameters_in_tags_have_the_types_of_the_schema():

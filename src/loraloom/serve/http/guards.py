@@ -44,6 +44,7 @@ _STATUS = {
     "client_gone": 499,
     "broken_adapter": 500,
     "timeout": 504,
+    "adapter_memory": 507,
 }
 
 

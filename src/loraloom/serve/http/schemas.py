@@ -11,20 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from loraloom.config.fields import StrictModel
 
 Tool = chat.ChatCompletionFunctionToolParam
-_Text = Annotated[str, StringConstraints(min_length=1)]
+_Path = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # as in Linux
 _StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _TokenKey = Annotated[int, Field(ge=0, lt=2**31, strict=False)]  # JSON's keys are texts
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 _NumTop = Annotated[int, Field(ge=0, le=20)]
-
-
 _Item = TypeVar("_Item")
 # For models within a body, which BodyParser leaves as they are.
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 # More take the validator, which nothing interrupts, longer than others should wait.
 MAX_MESSAGES = 2**15
-MAX_PROMPTS = 2**16
 
 
 class SamplingBody(StrictModel):
@@ -100,6 +97,7 @@ class ChatBody(SamplingBody):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    """The turns, at most 32,768."""
     max_tokens: int | None = Field(None, ge=1)
     """Generate at most N tokens. Default: as many as fit."""
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -158,12 +156,7 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """Prompts to continue."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(fail_fast=True)]
-        | Annotated[list[_TokenId], Field(fail_fast=True)]
-        | Annotated[list[Annotated[list[_TokenId], Field(fail_fast=True)]], Field(fail_fast=True)]
-    ) = Field(min_length=1)
+    prompt: str | _List[str] | _List[_TokenId] | _List[_List[_TokenId]] = Field(min_length=1)
     """Strings or token IDs."""
     max_tokens: int = Field(16, ge=0)
     """Generate at most N tokens per completion; 0, with `echo`, scores the prompt alone."""
@@ -190,7 +183,7 @@ class LoadBody(StrictModel):
     """An adapter to load."""
 
     lora_name: _Name
-    lora_path: _Text
+    lora_path: _Path
     """Directory on the server, below its --adapter-root if set, or else also a Hub ID."""
     load_inplace: bool = False
     """Replace a loaded adapter of the same name."""

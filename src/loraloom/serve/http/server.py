@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 SECONDS = {"header": 10.0, "body": 60.0, "read": 60.0}
 # Seconds without a request after which a connection is closed.
 IDLE_S = 30
+# Characters of a path and query that the log has.
+_MAX_PATH = 200
 # Connections that are accepted at once, before one of them counts itself.
 _BACKLOG = 128
 
@@ -108,6 +110,8 @@ class _AccessLog:
             await self._app(scope, receive, answer)
         finally:
             path = get_path_with_query_string(scope)  # ty: ignore[invalid-argument-type]
+            if len(path) > _MAX_PATH:
+                path = f"{path[:_MAX_PATH]}…"
             client = get_client_addr(scope)  # ty: ignore[invalid-argument-type]
             details = [f"{time.monotonic() - begun_s:.2f} s", f"request {request_id}"]
             if TENANT in scope:

@@ -26,7 +26,7 @@ _PYTHON_TAG = "<|python_tag|>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 _FUNCTION = re.compile(r"<function=([^>\n]+)>")
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_PARAMETER = "<parameter="
 _NAMED = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 
 
@@ -51,15 +51,17 @@ def parse_calls(text: str, tools: Tools) -> tuple[str, list[Function]]:
 
 def find_settled(text: str, start: int, tools: Tools) -> int:
     """Find the end of the text after `start` that no call can begin in; spaces before one go."""
-    if start == 0 and _may_be_call(text.lstrip(), tools):
-        return 0
     end = len(text)
     for marker in (_OPENING, _LISTING):
         index = text.find(marker, start)
         if index < 0:
             index = len(text) - _num_common(text[start:], marker)
         end = min(end, index)
-    return start + len(text[start:end].rstrip())
+    num_settled = len(text[start:end].rstrip())
+    # of many tools, none is compared with a text that waits anyway
+    if start == 0 and num_settled and _may_be_call(text.lstrip(), tools):
+        return 0
+    return start + num_settled
 
 
 def _may_be_call(text: str, tools: Tools) -> bool:
@@ -84,12 +86,13 @@ def _read_values(text: str, tools: Tools) -> Iterator[Any]:
     function = _FUNCTION.match(text)
     named = _NAMED.match(text)
     if function is not None:
-        body = text[function.end() :].removesuffix("</function>")
-        schemas = (tools.get(function[1]) or {}).get("properties") or {}
-        parameters = _PARAMETER.findall(body)
-        arguments = {key: _convert(value, schemas.get(key)) for key, value in parameters}
-        is_complete = not _PARAMETER.sub("", body).strip()
-        yield {"name": function[1], "arguments": arguments} if is_complete else None
+        parameters = _read_parameters(text[function.end() :].removesuffix("</function>"))
+        schema = tools.get(function[1])
+        schemas = schema.get("properties") if isinstance(schema, dict) else None
+        if not isinstance(schemas, dict):
+            schemas = {}
+        arguments = {key: _convert(value, schemas.get(key)) for key, value in parameters.items()}
+        yield {"name": function[1], "arguments": arguments}
     elif named is not None:
         yield {"name": named[1], "arguments": json.loads(text[named.end() :])}
     else:
@@ -97,19 +100,40 @@ def _read_values(text: str, tools: Tools) -> Iterator[Any]:
         yield from value if isinstance(value, list) else [value]
 
 
+def _read_parameters(text: str) -> dict[str, str]:
+    """The texts of parameters by key; a pattern would look for each one's end up to the last."""
+    *blocks, rest = text.split("</parameter>")
+    parameters = {}
+    for block in blocks:
+        opening, _, value = block.lstrip().partition(">")
+        key = opening.removeprefix(_PARAMETER)
+        if key in ("", opening) or "\n" in key:
+            raise ValueError("a parameter must have a key")
+        parameters[key] = value.removeprefix("\n").removesuffix("\n")
+    if rest.strip():
+        raise ValueError("a parameter must have an end")
+    return parameters
+
+
 def _convert(text: str, schema: Any) -> Any:
     """The value of a parameter: its text, unless the schema has only other types."""
-    branches = [schema, *(schema.get("anyOf") or ())] if isinstance(schema, dict) else []
-    types: list[str] = []
-    for branch in branches:
-        kind = branch.get("type") or [] if isinstance(branch, dict) else []
-        types += [kind] if isinstance(kind, str) else kind
+    types = _types_in(schema)
+    if isinstance(schema, dict) and isinstance(schema.get("anyOf"), list):
+        for branch in schema["anyOf"]:
+            types += _types_in(branch)
     if not types or "string" in types:
         return text
     try:
         return json.loads(text.lower() if types[0] == "boolean" else text)
     except (ValueError, RecursionError):
         return text
+
+
+def _types_in(schema: Any) -> list[Any]:
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if isinstance(kind, str):
+        return [kind]
+    return list(kind) if isinstance(kind, list) else []
 
 
 def _call(value: Any, tools: Tools) -> Function:
