@@ -9,8 +9,10 @@ from torch import Tensor
 import loraloom
 from loraloom.errors import ModelError
 from loraloom.host.host import Host
+from loraloom.training.memory import LiveStorages
 from tests.tiny import (
     METHODS,
+    ON_EXPERTS,
     changed,
     padded_mask,
     parameter_grads,
@@ -21,6 +23,10 @@ from tests.tiny import (
 )
 
 NAMES = [*METHODS]
+BLOCKS = {
+    **{f"dense {name}": ("llama", METHODS[name]) for name in ("lora", "mixlora", "mixdora")},
+    **{f"experts {name}": ("qwen3_moe", ON_EXPERTS[name]) for name in ("lora", "dora", "mixlora")},
+}
 
 
 def noisy_host(**changes) -> Host:
@@ -76,6 +82,23 @@ def test_a_checkpointed_layer_keeps_no_inputs_of_projections():
     states = states_of(host)
     assert [ref() for ref in inputs] == [None] * len(inputs)
     states.sum().backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_dropout_mask_lives_until_the_backward_pass(name, checkpointing):
+    family, config = BLOCKS[name]
+    configs = {"plain": changed(config, dropout=0.0), "noisy": changed(config, dropout=0.3)}
+    host, ids = tiny_host(family, configs), tiny_ids(4)
+    host.train().enable_gradient_checkpointing(checkpointing)
+    live_bytes = []
+    for adapter in configs:
+        with LiveStorages(host.device) as storages:
+            states = host.hidden(ids, adapters=[adapter] * 4, sample_keys=range(4))
+            live_bytes.append(storages.live_bytes)
+        states.last_hidden_state.sum().backward()
+    mask_bytes = ids.numel() * 16 * 8  # the narrowest: an expert has 16 features, in float64
+    assert live_bytes[1] - live_bytes[0] < mask_bytes
 
 
 def test_a_recomputed_layer_fills_no_cache():

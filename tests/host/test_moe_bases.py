@@ -27,6 +27,8 @@ from loraloom.training.builder import load_start
 from tests.tiny import (
     MOE_TYPES,
     ON_EXPERTS,
+    changed,
+    parameter_grads,
     relative_error,
     tiny_host,
     tiny_ids,
@@ -77,6 +79,21 @@ def test_every_expert_that_got_tokens_has_a_gradient(family):
         gradient = projection.get_parameter("lora_B").grad[0].flatten(1)
         used = gradient.abs().sum(1).nonzero().flatten().tolist()
         assert set(used) == seen[projection.key.rpartition(".")[0]]
+
+
+@pytest.mark.parametrize("family", TYPES)
+def test_a_checkpointed_step_with_dropout_is_the_same_step(family):
+    configs = {name: changed(PLACED[name], dropout=0.3) for name in ("lora", "mixdora")}
+    host = tiny_host(family, configs)
+    steps = []
+    for checkpointing in (False, True):
+        host.train().enable_gradient_checkpointing(checkpointing)
+        states = host.hidden(IDS, adapters=[*configs, None], sample_keys=range(3))
+        states.last_hidden_state.square().sum().backward()
+        steps.append([parameter_grads(host.adapter(name)) for name in configs])
+    for step, checkpointed in zip(*steps, strict=True):
+        assert step.keys() == checkpointed.keys()
+        assert all(torch.equal(checkpointed[name], grad) for name, grad in step.items())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from loraloom.ops.dropout import DrawMask
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
 from loraloom.ops.gating import ActivationGating
 from loraloom.ops.low_rank import UpProjection
@@ -76,9 +77,9 @@ class FfnCase:
                 for name, tensor in tensors.items()
             }
 
-        masks = (self.dropout.keep_input, *self.dropout.keep_slots)
+        draws = (self.dropout.keep_input, *self.dropout.keep_slots)
         keep_input, *keep_slots = [
-            mask if mask is None else mask.to(device, dtype) for mask in masks
+            None if draw is None else constant(draw().to(device, dtype)) for draw in draws
         ]
         return replace(
             self,
@@ -231,8 +232,8 @@ def _linear(case: FfnCase, name: str, expert: int, x: Tensor, dropped: Tensor) -
     return factor * (weight @ x + update @ dropped) + bias
 
 
-def _drop(values: Tensor, keep: Tensor | None, token: int, probability: float) -> Tensor:
-    return values if keep is None else values * keep[token] / (1 - probability)
+def _drop(values: Tensor, keep: DrawMask | None, token: int, probability: float) -> Tensor:
+    return values if keep is None else values * keep()[token] / (1 - probability)
 
 
 def _base(case: FfnCase, name: str, x: Tensor) -> Tensor:
@@ -246,8 +247,16 @@ def _compute_B(lora_B: Tensor) -> Tensor:
 def _masks(dropout: float, num_tokens: int, top_k: int, features: int) -> FfnDropout:
     if dropout == 0:
         return FfnDropout.none(top_k)
-    keep_slots = [(torch.rand(num_tokens, features) > dropout).double() for _ in range(top_k)]
-    return FfnDropout(dropout, (torch.rand(num_tokens, D) > dropout).double(), keep_slots)
+    keep_slots = [
+        constant((torch.rand(num_tokens, features) > dropout).double()) for _ in range(top_k)
+    ]
+    keep_input = constant((torch.rand(num_tokens, D) > dropout).double())
+    return FfnDropout(dropout, keep_input, keep_slots)
+
+
+def constant(mask: Tensor) -> DrawMask:
+    """Return a function that draws this mask."""
+    return lambda: mask
 
 
 def leaf(*shape: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from loraloom.base.blocks import StackedProjection
 from loraloom.ops.expert_rows import BaseExperts, ExpertUpdate, expert_rows
 from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
+from tests.ops.ffn_case import constant
 
 T, K, E, D, F, R = 9, 2, 4, 6, 5, 3
 
@@ -85,7 +86,11 @@ def make_update(tokens: Tensor | None, kind: str, seed: int) -> ExpertUpdate:
         num_slots = K * (2 if "mix" in kind else 1)
         keep = torch.rand(num_slots, count, F, generator=generator) > 0.3
         keep_input = torch.rand(count, D, generator=generator) > 0.3
-        extra |= {"keep_input": keep_input.double(), "keep_slots": keep.double(), "dropout": 0.3}
+        extra |= {
+            "keep_input": constant(keep_input.double()),
+            "keep_slots": [constant(mask) for mask in keep.double()],
+            "dropout": 0.3,
+        }
     weights = ExpertWeights(None if kind == "down" else up, down, num_choices)
     return ExpertUpdate(weights, tokens, **extra)
 
@@ -130,8 +135,8 @@ def by_loop(x: Tensor, index: Tensor, weights: Tensor, base: BaseExperts, update
             group = max(chosen, 0) * E + expert
             keep_input = keep_slot = None
             if owner is not None and owner.keep_input is not None:
-                keep_input = owner.keep_input[local]
-                keep_slot = owner.keep_slots[int(ranks[token, k]) * slots + j, local]
+                keep_input = owner.keep_input()[local]
+                keep_slot = owner.keep_slots[int(ranks[token, k]) * slots + j]()[local]
             hidden = base.gating(project(base.up, up, group, x[token], keep_input, owner))
             output = project(base.down, down, group, hidden, keep_slot, owner)
             total = total + weights[token, k] * share * output

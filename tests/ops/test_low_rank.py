@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from loraloom.ops.low_rank import add_low_rank_, decompose, dora_norms, down_project
-from tests.ops.ffn_case import leaf
+from tests.ops.ffn_case import constant, leaf
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +18,9 @@ def test_down_project_is_a_product_with_the_dropped_input(dropout):
     x, lora_A = leaf(5, 4), leaf(3, 4)
     keep = (torch.rand(5, 4) > dropout).double() if dropout else None
     factor = torch.ones(5, 4, dtype=x.dtype) if keep is None else keep / (1 - dropout)
-    torch.testing.assert_close(down_project(x, lora_A, keep, dropout), (x * factor) @ lora_A.T)
-    assert gradcheck(lambda *leaves: down_project(*leaves, keep, dropout), (x, lora_A))
+    draw = None if keep is None else constant(keep)
+    torch.testing.assert_close(down_project(x, lora_A, draw, dropout), (x * factor) @ lora_A.T)
+    assert gradcheck(lambda *leaves: down_project(*leaves, draw, dropout), (x, lora_A))
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (2, 4, 3)])

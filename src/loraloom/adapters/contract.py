@@ -17,7 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -453,23 +453,24 @@ class Adapter(nn.Module, ABC):
         """Compute `dropout(x) Aᵀ` of projections that share their input, [T, P]."""
         dropout = self.config.dropout
         dtype = group.A.dtype
-        keep_mask = None
+        keep = None
         if tokens.noise is not None and dropout > 0:
-            keep_mask = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, dtype)
-        return down_project(hidden_states.to(dtype), group.A, keep_mask, dropout)
+            width = hidden_states.shape[-1]
+            keep = partial(tokens.noise.keep_mask, site, width, dropout, dtype)
+        return down_project(hidden_states.to(dtype), group.A, keep, dropout)
 
     def ffn_dropout(
         self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
     ) -> FfnDropout:
-        """Draw the masks of an FFN block: one for its input, one for each slot's hidden states."""
+        """Return functions that draw an FFN block's masks, of its input and of each slot."""
         dropout = self.dropout_of_ffn
         if tokens.noise is None or dropout == 0:
             return FfnDropout.none(num_slots)
         draw = tokens.noise.keep_mask
         width = block.output.in_features
-        inputs = draw(_site(block, Site.FFN_INPUT), block.hidden_size, dropout, dtype)
+        inputs = partial(draw, _site(block, Site.FFN_INPUT), block.hidden_size, dropout, dtype)
         slots = [
-            draw(_site(block, Site.FFN_SLOT + slot), width, dropout, dtype)
+            partial(draw, _site(block, Site.FFN_SLOT + slot), width, dropout, dtype)
             for slot in range(num_slots)
         ]
         return FfnDropout(dropout, inputs, slots)

@@ -78,13 +78,12 @@ class ExpertsBlock:
         routing = adapter.expert_choice(block, states, tokens)
         num_slots = top_k if routing is None else top_k * routing.top_k
         dropout = adapter.ffn_dropout(block, num_slots, hidden_states.dtype, tokens)
-        masks = [mask for mask in dropout.keep_slots if mask is not None]
         return ExpertUpdate(
             weights=forward.forms.ffn(segment.row, block, hidden_states.dtype),
             tokens=places,
             choice=None if routing is None else routing.selected_experts,
             choice_weights=None if routing is None else routing.routing_weights,
             keep_input=dropout.keep_input,
-            keep_slots=torch.stack(masks) if masks else None,
+            keep_slots=[draw for draw in dropout.keep_slots if draw is not None],
             dropout=dropout.probability,
         )

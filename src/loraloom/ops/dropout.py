@@ -16,6 +16,9 @@ from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 
+# Draws a mask, [T, N], the same at each call: passes draw it where they read it, and keep none.
+DrawMask = Callable[[], Tensor]
+
 
 class Site(IntEnum):
     """Where in a layer random numbers are drawn; slot j of a mixture draws at FFN_SLOT + j."""
@@ -117,6 +120,36 @@ class SampleNoise:
                 rows = values.new_empty(len(span.tokens), values.shape[1])
                 values[span.tokens] = draw(rows, generator)
         return values
+
+
+def draw_mask(draw: DrawMask | None) -> Tensor | None:
+    """Draw a mask, if there is dropout.
+
+    Args:
+        draw: Function that draws the mask; None without dropout.
+
+    Returns:
+        The mask, [T, N], or None.
+    """
+    return None if draw is None else draw()
+
+
+def draw_rows(draws: Sequence[DrawMask], rows: Sequence[Tensor]) -> Tensor:
+    """Draw masks one after another, and put the rows of each where they belong.
+
+    Args:
+        draws: Functions that draw the masks, [t, N] each.
+        rows: Index of each mask's rows among those of all masks, [t] each.
+
+    Returns:
+        The rows of all masks, [Q, N].
+    """
+    mask = draws[0]()
+    keep = mask.new_empty(sum(map(len, rows)), mask.shape[1])
+    keep.index_copy_(0, rows[0], mask)
+    for draw, index in zip(draws[1:], rows[1:], strict=True):
+        keep.index_copy_(0, index, draw())
+    return keep
 
 
 def apply_keep_mask(

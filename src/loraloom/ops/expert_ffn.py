@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from loraloom.ops.dropout import DrawMask
 from loraloom.ops.gating import Gating
 from loraloom.ops.low_rank import UpProjection, apply_update, down_project
 
@@ -79,8 +80,8 @@ class FfnDropout:
     """Masks of the block's dropout: one for its input, one for each slot's hidden states."""
 
     probability: float
-    keep_input: Tensor | None
-    keep_slots: Sequence[Tensor | None]
+    keep_input: DrawMask | None  # draws [T, D]
+    keep_slots: Sequence[DrawMask | None]  # each draws [T, F]
 
     @property
     def scale(self) -> float:
@@ -117,7 +118,7 @@ def mapped_ffn(
     def rank_inputs(
         values: Tensor,
         lora_A: Tensor | None,
-        keep: Tensor | None,
+        keep: DrawMask | None,
         sides: Sequence[UpProjection | None],
     ) -> list[Tensor | None]:
         if lora_A is None:

@@ -15,8 +15,9 @@ and Down alike. A plain LoRA is M = 1 and g = 1, and only DoRA has c.
 The frozen products are those of all rows at once, in the order of transformers' default, so that
 rows of the base model are what they are without adapters. An adapter's rows lie by group, so that
 each of its products is one grouped product. The backward pass keeps x, the frozen product W_up x
-and what lies in rank space. It computes the elementwise rest again, goes back through W_down by a
-product of its own, through the rest by autograd, and through W_up by a product of its own.
+and what lies in rank space. It draws dropout's masks and computes the elementwise rest again, goes
+back through W_down by a product of its own, through the rest by autograd, and through W_up by a
+product of its own.
 
 Source: transformers 5.24, `integrations/moe.py`, for what a block without adapters computes.
 """
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraloom.ops.dropout import DrawMask, draw_rows
 from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.gating import Gating
 from loraloom.ops.grouped_rows import GroupedProduct, group_stops, multiply_groups
@@ -48,8 +50,9 @@ class ExpertUpdate:
     num_entries: int = 1  # how many of them there are
     choice: Tensor | None = None  # its LoRA experts in each base expert, [t, J]; -1: the base alone
     choice_weights: Tensor | None = None  # g, [t, J]
-    keep_input: Tensor | None = None  # dropout's masks, [t, D]
-    keep_slots: Tensor | None = None  # [K·J, t, F], K by the rank of the base expert's number
+    keep_input: DrawMask | None = None  # draws dropout's mask, [t, D]
+    # K·J of them, K by the rank of the base expert's number; each draws [t, F]
+    keep_slots: Sequence[DrawMask] = ()
     dropout: float = 0.0
 
 
@@ -257,11 +260,17 @@ class _AdapterRows:
 
     def drop(self, values: Tensor, update: ExpertUpdate, is_up: bool) -> Tensor:
         """Apply dropout to the block's input, [Q, D], or to hidden states, [Q, F]."""
-        if update.keep_input is None or update.keep_slots is None:
+        if update.keep_input is None:
             return values
-        place = (self.local,) if is_up else (self.slots, self.local)
-        masks = update.keep_input if is_up else update.keep_slots
-        return values * masks[place] * (1 / (1 - update.dropout))
+        keep = update.keep_input()[self.local] if is_up else self._keep_slots(update)
+        return values * keep * (1 / (1 - update.dropout))
+
+    def _keep_slots(self, update: ExpertUpdate) -> Tensor:
+        """Draw each hidden row's mask, [Q, F]."""
+        num_slots = len(update.keep_slots)
+        num_tokens = len(self.local) // num_slots  # each has a row in each slot
+        rows = (self.slots * num_tokens + self.local).argsort().tensor_split(num_slots)
+        return draw_rows(update.keep_slots, rows)
 
 
 def _gather(values: Tensor, indices: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.ops.dropout import apply_keep_mask
+from loraloom.ops.dropout import apply_keep_mask, draw_mask
 from loraloom.ops.fused import fused_on_accelerators, without_graph
 from loraloom.ops.low_rank import add_product_over_tokens_, decompose_rows, excess_of
 from loraloom.ops.slot_pieces import Piece, Slots, Total
@@ -21,10 +21,11 @@ class GroupedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, lora_A, keep, dropout, slots):
-        ctx.save_for_backward(hidden_states, lora_A, keep)
+        ctx.save_for_backward(hidden_states, lora_A)
+        ctx.keep = keep
         ctx.dropout = dropout
         ctx.slots = slots
-        dropped = apply_keep_mask(hidden_states, keep)
+        dropped = apply_keep_mask(hidden_states, draw_mask(keep))
         groups_A = _by_group(lora_A, slots)
         low_rank = hidden_states.new_zeros(slots.experts.numel(), groups_A.shape[1])
         for piece in slots.by_group:
@@ -38,7 +39,8 @@ class GroupedDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden_states, lora_A, keep = ctx.saved_tensors
+        hidden_states, lora_A = ctx.saved_tensors
+        keep = draw_mask(ctx.keep)
         dropped = apply_keep_mask(hidden_states, keep)
         if keep is not None:
             grad = grad * (1 / (1 - ctx.dropout))

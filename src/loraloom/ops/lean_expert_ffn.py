@@ -2,7 +2,7 @@
 
 Kept for the backward pass: the block's input, the outputs of the base's input projections (gate
 and up), the rank-space activations and the routing. The hidden states of the slots, K·T·F wide, are
-computed again, in pieces.
+computed again, in pieces, and their dropout's masks drawn again.
 
 Who may write to which tensor:
 - Outputs of the base's input projections: the forward pass, where one expert has all tokens. It
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraloom.ops.dropout import draw_mask
 from loraloom.ops.expert_ffn import FfnDropout, FfnRows, FfnWeights, Routing
 from loraloom.ops.fused import fused_on_accelerators, plus_product, without_graph
 from loraloom.ops.gating import Gating, gate_with_gradients
@@ -79,11 +80,9 @@ def lean_expert_ffn(
         tensors[f"output {number}"] = output
         tensors[f"B {number}"] = None if side is None else side.B
         tensors[f"row_scale {number}"] = None if side is None else side.row_scale
-    for slot, keep in enumerate(dropout.keep_slots):
-        tensors[f"keep {slot}"] = keep
     sides = [_Side.of(side, slots) for side in weights.inputs]
     block = _Block(slots, gating, dropout.scale, weights.width, sides, list(tensors))
-    hidden, down_rank = _LeanFfn.apply(block, *tensors.values())
+    hidden, down_rank = _LeanFfn.apply(block, dropout.keep_slots, *tensors.values())
     return FfnRows(hidden, partial(_finish, down_rank, weights.down, slot_weights, slots))
 
 
@@ -154,9 +153,6 @@ class _Block:
             for number, side in enumerate(self.sides)
         ]
 
-    def keep_slots(self, tensors: Mapping[str, Any]) -> list[Tensor | None]:
-        return [tensors[f"keep {slot}"] for slot in range(len(self.slots.experts))]
-
 
 @dataclass(frozen=True)
 class _Rows:
@@ -207,12 +203,14 @@ class _Projection:
 
 @fused_on_accelerators
 def _forward(
-    like: Tensor, block: _Block, tensors: Mapping[str, Any]
+    like: Tensor,
+    block: _Block,
+    tensors: Mapping[str, Any],
+    keep_slots: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the hidden states, and the rank-space input of the down update, weighted and not."""
     slots = block.slots
     projections = block.projections(tensors)
-    keep_slots = block.keep_slots(tensors)
     down_A = tensors["down_A"]
     slot_weights = slots.by_place(tensors["slot_weights"])
     total = Total(slots, block.width, like)
@@ -249,10 +247,11 @@ def _backward(
     grad_down: Tensor,
     block: _Block,
     tensors: Mapping[str, Any],
+    keep_slots: Sequence[Tensor | None],
     unweighted: Tensor | None,
 ) -> dict[str, Tensor | None]:
     """Return the gradients by the names of the tensors."""
-    backward = _Backward(block, tensors, unweighted)
+    backward = _Backward(block, tensors, keep_slots, unweighted)
     for piece in block.slots.pieces(block.width, grad_hidden.dtype):
         backward.accumulate(piece, grad_hidden, grad_down)
     return backward.gradients()
@@ -276,14 +275,16 @@ class _LeanFfn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block, *inputs):
+    def forward(ctx, block, draw_slots, *inputs):
         # Segments are views of one tensor: with its version counter, each one's update would
         # invalidate what the others have saved.
         tensors = block.by_name(without_graph(inputs))
         for projection in block.projections(tensors):
             projection.add_update_()
-        hidden, weighted, unweighted = _forward(tensors["output 0"], block, tensors)
+        keep_slots = [draw_mask(draw) for draw in draw_slots]
+        hidden, weighted, unweighted = _forward(tensors["output 0"], block, tensors, keep_slots)
         ctx.block = block
+        ctx.draw_slots = draw_slots
         ctx.save_for_backward(*tensors.values(), unweighted)
         return hidden, hidden.new_empty(0) if weighted is None else weighted
 
@@ -293,18 +294,25 @@ class _LeanFfn(torch.autograd.Function):
         *inputs, unweighted = ctx.saved_tensors
         block = ctx.block
         tensors = block.by_name(inputs)
-        gradients = _backward(grad_hidden, grad_down, block, tensors, unweighted)
-        return None, *(gradients.get(name) for name in block.names)
+        keep_slots = [draw_mask(draw) for draw in ctx.draw_slots]
+        gradients = _backward(grad_hidden, grad_down, block, tensors, keep_slots, unweighted)
+        return None, None, *(gradients.get(name) for name in block.names)
 
 
 class _Backward:
     """Gradients of the function's tensors, summed up over pieces."""
 
-    def __init__(self, block: _Block, tensors: Mapping[str, Any], unweighted: Any):
+    def __init__(
+        self,
+        block: _Block,
+        tensors: Mapping[str, Any],
+        keep_slots: Sequence[Tensor | None],
+        unweighted: Any,
+    ):
         self._block = block
         self._unweighted = unweighted
         self._projections = block.projections(tensors)
-        self._keep_slots = block.keep_slots(tensors)
+        self._keep_slots = keep_slots
         self._down_A: Any = tensors["down_A"]
         low_rank, slot_weights = tensors["low_rank"], tensors["slot_weights"]
         self._grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loraloom.ops.dropout import apply_keep_mask
+from loraloom.ops.dropout import DrawMask, apply_keep_mask, draw_mask
 
 # From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
@@ -74,20 +74,22 @@ def add_product_over_tokens_(
 
 
 class _DownProject(torch.autograd.Function):
-    """`dropout(x) @ A.T`, keeping x and the mask instead of the masked x."""
+    """`dropout(x) @ A.T`, keeping x, and drawing the mask again for the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden_states, lora_A, keep, dropout):
-        ctx.save_for_backward(hidden_states, lora_A, keep)
+        ctx.save_for_backward(hidden_states, lora_A)
+        ctx.keep = keep
         ctx.dropout = dropout
-        low_rank = apply_keep_mask(hidden_states, keep) @ lora_A.T
+        low_rank = apply_keep_mask(hidden_states, draw_mask(keep)) @ lora_A.T
         if keep is None:
             return low_rank
         return low_rank * (1 / (1 - dropout))
 
     @staticmethod
     def backward(ctx, grad):  # ty: ignore[incompatible-method-override]
-        hidden_states, lora_A, keep = ctx.saved_tensors
+        hidden_states, lora_A = ctx.saved_tensors
+        keep = draw_mask(ctx.keep)
         if keep is not None:
             grad = grad * (1 / (1 - ctx.dropout))
         grad_hidden = grad_A = None
@@ -101,10 +103,10 @@ class _DownProject(torch.autograd.Function):
 def down_project(
     hidden_states: Float[Tensor, "T I"],
     lora_A: Float[Tensor, "S I"],
-    keep: Float[Tensor, "T I"] | None = None,
+    keep: DrawMask | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T S"]:
-    """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`."""
+    """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`; `keep` draws a mask, [T, I]."""
     return _DownProject.apply(hidden_states, lora_A, keep, dropout)
 
 

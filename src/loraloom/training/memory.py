@@ -159,7 +159,7 @@ class LiveStorages(TorchDispatchMode):
         self.peak_bytes = 0
         self._device_type = device.type
         self._live: dict[int, int] = {}
-        self._live_bytes = 0
+        self.live_bytes = 0
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,12 +176,12 @@ class LiveStorages(TorchDispatchMode):
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         self._live[key] = -(-storage.nbytes() // _ROUNDING) * _ROUNDING
-        self._live_bytes += self._live[key]
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        self.live_bytes += self._live[key]
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self._live_bytes -= self._live.pop(key)
+        self.live_bytes -= self._live.pop(key)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
