@@ -8,7 +8,7 @@ import loraloom
 from loraloom.adapters import LoraConfig
 from loraloom.base.families import FAMILIES
 from loraloom.errors import ModelError
-from loraloom.host.trial import _Route, try_adapters
+from loraloom.host.trial import _HeldRoute, try_adapters
 from tests.tiny import METHODS, randomise, tiny_ids, tiny_model
 
 IDS = tiny_ids(2)
@@ -148,7 +148,7 @@ def test_near_ties_of_a_bases_router_in_16_bits_are_no_fault(family, seed):
 
 
 def test_routes_of_a_first_forward_are_held_in_pieces_of_later_ones():
-    route = _Route(num_rows=2)
+    route = _HeldRoute(num_rows=2)
     index = torch.arange(12).view(12, 1)
     assert route(nn.Identity(), (index, index, index.float()))[1] is index
     other = index.flip(0)

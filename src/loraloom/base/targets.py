@@ -153,7 +153,7 @@ def select(targets: str | Collection[str], layers: Sequence[BaseLayer]) -> Targe
         return TargetSelection(frozenset(_select_by_string(targets, locations)))
     linear_words = {location.base.name for location in locations if not location.is_stack}
     keys = set()
-    known = set()
+    matched_targets = set()
     stack_words = dict[str, None]()
     remaining = set(targets)
     for location in locations:
@@ -167,8 +167,8 @@ def select(targets: str | Collection[str], layers: Sequence[BaseLayer]) -> Targe
                 stack_words[word] = None
         if named:
             keys.add(location.base.key)
-            known |= named
-    unknown = [target for target in targets if target not in known]
+            matched_targets |= named
+    unknown = [target for target in targets if target not in matched_targets]
     return TargetSelection(frozenset(keys), tuple(unknown), tuple(stack_words))
 
 
@@ -187,20 +187,20 @@ def name_targets(keys: Set[str], layers: Sequence[BaseLayer]) -> tuple[str, ...]
     """
     locations = list(_locations(layers))
     selected = [location for location in locations if location.base.key in keys]
-    others = set[str]()
+    excluded = set[str]()
     for location in locations:
         if location.base.key in keys:
             continue
-        others |= location.names
+        excluded |= location.names
         if not location.is_stack:
-            others.add(location.base.name)
+            excluded.add(location.base.name)
 
     def shortest(location: _Location) -> str:
         endings = _endings(location.path_in_layer)
         if location.is_stack:
             endings = endings[1:]
         for ending in endings:
-            if ending not in others:
+            if ending not in excluded:
                 return ending
         return location.base.key
 
@@ -280,17 +280,17 @@ def _peft_names(paths: Sequence[str], universe: Iterable[str], base: BaseInfo) -
 
     parameters = set(base.parameter_paths)
     selected = set(paths)
-    others = set[str]()
+    excluded = set[str]()
     for path in universe:
         if path not in selected:
-            others.update(_endings(path))
+            excluded.update(_endings(path))
     layers_name = base.layers_path.rpartition(".")[2]
     names = dict[str, None]()
     for path in paths:
         index, _, in_layer = path.removeprefix(f"{base.layers_path}.").partition(".")
         candidates = _endings(in_layer)[min_words(path) - 1 :]
         candidates += [f"{layers_name}.{index}.{in_layer}", path]
-        names[next((name for name in candidates if name not in others), path)] = None
+        names[next((name for name in candidates if name not in excluded), path)] = None
     return list(names)
 
 

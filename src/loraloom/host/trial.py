@@ -202,7 +202,7 @@ def _try_packing(host: Any) -> None:
         )
 
 
-class _Route:
+class _HeldRoute:
     """A pre-hook of a module of experts that sends tokens where they went in its first call.
 
     What is compared differs in its last bits, and in 16 bits these decide between experts whose
@@ -232,15 +232,15 @@ class _Route:
 
 
 @contextmanager
-def _held_routes(host: Any, num_rows: int) -> Iterator[list[_Route]]:
+def _held_routes(host: Any, num_rows: int) -> Iterator[list[_HeldRoute]]:
     """Send the tokens of some rows to the experts of a first forward, in it and in all later ones.
 
     Later forwards read the rows from their first token on, in one piece or in several.
     """
-    routes = list[_Route]()
+    routes = list[_HeldRoute]()
     with ExitStack() as hooks:
         for _, _, module in expert_modules(host.model, host.base):
-            routes.append(_Route(num_rows))
+            routes.append(_HeldRoute(num_rows))
             hooks.callback(module.register_forward_pre_hook(routes[-1]).remove)
         yield routes
 
