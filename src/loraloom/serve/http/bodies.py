@@ -22,7 +22,7 @@ _Body = TypeVar("_Body", bound=BaseModel)
 # Sequences and mappings of pydantic's core schemas.
 _CONTAINERS = {"list", "tuple", "set", "frozenset", "dict"}
 # Lists and objects of a body: json reads more in a tenth of a second, which nothing interrupts.
-MAX_CONTAINERS = 2**18
+MAX_CONTAINERS = 2**17
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # Characters of a key that an error repeats.
 _MAX_NAME = 100
