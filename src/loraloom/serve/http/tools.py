@@ -129,7 +129,7 @@ def _convert(text: str, schema: Any) -> Any:
         return text
 
 
-def _types_in(schema: Any) -> list[Any]:
+def _types_in(schema: object) -> list[object]:
     kind = schema.get("type") if isinstance(schema, dict) else None
     if isinstance(kind, str):
         return [kind]
