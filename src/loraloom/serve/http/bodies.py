@@ -1,7 +1,6 @@
 """Bodies of requests, parsed and validated in threads, by turns of API keys."""
 
 import json
-import re
 from collections.abc import Callable, Coroutine, Set
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -23,7 +22,6 @@ _Body = TypeVar("_Body", bound=BaseModel)
 _CONTAINERS = {"list", "tuple", "set", "frozenset", "dict"}
 # Lists and objects of a body: json reads more in a tenth of a second, which nothing interrupts.
 MAX_CONTAINERS = 2**17
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # Characters of a key that an error repeats.
 _MAX_NAME = 100
 # What there is too much of, and what to do, by pydantic's types of errors.
@@ -69,7 +67,8 @@ def count_containers(content: bytes) -> int:
     count = content.count(b"[") + content.count(b"{")
     # strings of other encodings have quotes among their bytes
     if count > MAX_CONTAINERS and json.detect_encoding(content).startswith("utf-8"):
-        content = _STRING.sub(b"", content)
+        unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
+        content = b"".join(unescaped.split(b'"')[::2])
         count = content.count(b"[") + content.count(b"{")
     return count
 
