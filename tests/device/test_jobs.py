@@ -17,9 +17,12 @@ from tests.training.toy import ADAPTERS, add_job, toy_config, toy_set, toy_token
 CPU = torch.device("cpu")
 
 
-def engine_on(device, directory, names=tuple(ADAPTERS), dtype=torch.float32) -> Engine:
+def engine_on(
+    device, directory, names=tuple(ADAPTERS), dtype=torch.float32, save_steps=2
+) -> Engine:
     host = loraloom.attach(tiny_model(dtype=dtype).to(device))
-    settings = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "optimizer": "sgd"}
+    settings = {"max_steps": 4, "eval_steps": 2, "optimizer": "sgd"}
+    settings["save_steps"] = save_steps
     data = {"task": "skills", "validation_fraction": 0.2}
     configs = [toy_config(name, ADAPTERS[name], data=data, **settings) for name in names]
     jobs = [add_job(host, config, toy_set(num_validation=4)) for config in configs]
@@ -58,7 +61,8 @@ def test_a_run_trains_evaluates_and_resumes_as_on_the_cpu(accelerator, tmp_path)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_steady_step_of_any_number_of_jobs_reads_once(accelerator, tmp_path, dtype):
     for names in (("lora", "mixlora"), tuple(ADAPTERS)):
-        engine = engine_on(accelerator.device, tmp_path, names, dtype)
+        # A step that saves an adapter reads it.
+        engine = engine_on(accelerator.device, tmp_path, names, dtype, save_steps=4)
         engine.begin(None)
         engine.step()
         with accelerator.step(f"{len(names)} jobs"):
